@@ -1,1 +1,1 @@
-"""What every process of Baton agrees on: messages, errors, configuration, metrics. Never imports torch."""
+"""What every process of Baton agrees on: messages, errors, configuration. Never imports torch."""

@@ -35,8 +35,8 @@ _ENDS: Final = {Phase.FAILED, Phase.CANCELLED}
 
 NEXT_PHASE: Final[dict[Phase, set[Phase]]] = {
     Phase.QUEUED: {Phase.PROMISING, Phase.PREFILLING, *_ENDS},  # no landing for one token or `both`
-    Phase.PROMISING: {Phase.PREFILLING, Phase.QUEUED, *_ENDS},  # QUEUED: that worker is full
-    Phase.PREFILLING: {Phase.HANDING_OFF, Phase.DECODING, Phase.DONE, *_ENDS},
+    Phase.PROMISING: {Phase.PREFILLING, Phase.QUEUED, *_ENDS},  # QUEUED: refused
+    Phase.PREFILLING: {Phase.HANDING_OFF, Phase.DECODING, Phase.DONE, Phase.QUEUED, *_ENDS},
     Phase.HANDING_OFF: {Phase.DECODING, Phase.DONE, *_ENDS},
     Phase.DECODING: {Phase.DONE, *_ENDS},
     Phase.DONE: set(),

@@ -29,7 +29,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A validated call. Prompts are not tokenised yet; `sampling.max_tokens` 0 means "what is left".
+    """A validated call, its prompts not tokenised yet. `sampling.max_tokens` 0 is "what is left".
 
     `sampling.seed` is the client's or -1, `sampling.stop_token_ids` are the client's alone: the
     gateway adds the model's EOS ids unless `ignore_eos`.
@@ -39,7 +39,7 @@ class Ask:
     model: str
     sampling: Sampling
     prompts: tuple[str | tuple[int, ...], ...] = ()  # completions: text or token ids
-    messages: tuple[Mapping[str, Any], ...] = ()  # chat: role and content, as the template sees them
+    messages: tuple[Mapping[str, Any], ...] = ()  # chat: role and content
     n: int = 1
     stream: bool = False
     include_usage: bool = False

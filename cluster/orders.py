@@ -1,0 +1,32 @@
+"""What the event loop tells the step thread, beside the gateway's own orders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.messages import Order
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """An order of the gateway on the other end of `session`."""
+
+    session: int
+    order: Order
+
+
+@dataclass(frozen=True, slots=True)
+class SessionClosed:
+    """That gateway is gone: so are its requests."""
+
+    session: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passes even when nothing else happens: sweep what has expired."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Take nothing new; finish what runs."""

@@ -1,0 +1,87 @@
+"""What every Baton process does first and last: logs, signals, and dying with its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import uvloop
+
+from cluster.errors import StartError
+
+EXIT_START = 78  # EX_CONFIG: cannot start as told
+
+
+class JsonLines(logging.Formatter):
+    """One line of JSON per event; `extra` fields become keys, so none of them can forge a line."""
+
+    _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": round(time.time(), 3),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            "where": record.name,
+        }
+        line |= {k: v for k, v in vars(record).items() if k not in self._STANDARD}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def start_logging(level: str) -> None:
+    """Everything goes to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(True)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill us when our parent dies, however it dies. Linux only."""
+    if not parent:
+        return
+    pr_set_pdeathsig = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it died before we could ask
+
+
+def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> int:
+    """Run `main(stopping)` on uvloop; SIGTERM and SIGINT set `stopping`, a second one ends at once.
+
+    A StartError becomes one line on stderr and exit status 78.
+    """
+
+    async def with_signals() -> int:
+        stopping = asyncio.Event()
+
+        def on_signal() -> None:
+            if stopping.is_set():
+                os._exit(130)
+            stopping.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, on_signal)
+        return await main(stopping)
+
+    try:
+        return uvloop.run(with_signals())
+    except StartError as error:
+        tell_start_error(error)
+        return EXIT_START
+
+
+def tell_start_error(error: BaseException) -> None:
+    print(f"baton: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+

@@ -1,0 +1,128 @@
+"""The event-loop side of every worker: a report stream for each gateway, membership, draining.
+
+             session(orders) ------ post(order) ------>
+gateways                                                 step thread
+             reports         <----- tell(mail, load) --
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import grpc
+
+from cluster import rpc
+from cluster.errors import HandshakeRefused
+from cluster.messages import Event, Hello, Load, Order, Report
+from cluster.orders import Drain, Ordered, SessionClosed, Tick
+from cluster.wire import codec
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 0.2
+"""How often a worker reports its load. A gateway counts a worker as lost after several missed."""
+
+REJOIN_S = 0.5
+
+
+class WorkerService:
+    """Owned by the event loop. `post` hands an order to the step thread."""
+
+    def __init__(self, hello: Hello, post: Callable[[Any], None]) -> None:
+        self.hello = hello
+        self.load = Load(progress=0, free_blocks=hello.blocks)
+        self._post = post
+        self._numbers = count(1)
+        self._reports: dict[int, asyncio.Queue[Report]] = {}
+        self._draining = False
+        self._told = asyncio.Event()
+
+    async def session(
+        self, orders: AsyncIterator[Order], context: object = None
+    ) -> AsyncIterator[Report]:
+        """One gateway's stream, until either side ends it. Its requests end with it."""
+        session = next(self._numbers)
+        reports = self._reports[session] = asyncio.Queue()
+        intake = asyncio.create_task(self._take_orders(session, orders, reports))
+        try:
+            while (report := await reports.get()).events:
+                yield report
+        finally:
+            del self._reports[session]
+            intake.cancel()
+            self._post(SessionClosed(session))
+
+    async def _take_orders(
+        self, session: int, orders: AsyncIterator[Order], reports: asyncio.Queue[Report]
+    ) -> None:
+        """Ends the session, by an empty report, when the gateway stops sending."""
+        try:
+            async for order in orders:
+                self._post(Ordered(session, order))
+        finally:
+            reports.put_nowait(Report())
+
+    def tell(self, mail: list[tuple[int, Event]], load: Load) -> None:
+        """What a step had to say: one report for each gateway concerned."""
+        self.load = replace(load, draining=self._draining)
+        self._told.set()
+        by_session: dict[int, list[Event]] = defaultdict(list)
+        for session, event in mail:
+            by_session[session].append(event)
+        for session, events in by_session.items():
+            if session in self._reports:
+                self._reports[session].put_nowait(Report(tuple(events)))
+
+    async def tick(self, every: float) -> None:
+        """The timer behind every lease."""
+        while True:
+            await asyncio.sleep(every)
+            self._post(Tick())
+
+    async def membership(self) -> AsyncIterator[Hello | Load]:
+        """What a registry is told, for as long as it listens."""
+        yield self.hello
+        while True:
+            yield self.load
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def join(self, address: str, joined: Callable[[], None]) -> None:
+        """Stay a member of the gateway at `address`, through its restarts.
+
+        Calls `joined` at each welcome. Raises HandshakeRefused when we do not fit there.
+        """
+        while True:
+            async with rpc.open_channel(address) as channel:
+                call = channel.stream_stream(
+                    codec.JOIN,
+                    request_serializer=codec.encode_membership,
+                    response_deserializer=codec.decode_welcome,
+                )
+                try:
+                    async with aclosing(self.membership()) as membership:
+                        async for gateway in call(membership):
+                            log.info("joined", extra={"gateway": gateway, "address": address})
+                            joined()
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                        raise HandshakeRefused(error.details() or "refused") from None
+                    log.info("gateway out of reach", extra={"address": address})
+            await asyncio.sleep(REJOIN_S)
+
+    async def drain(self) -> None:
+        """Take nothing new; returns when nothing runs, waits or is promised any more."""
+        self._draining = True
+        self._post(Drain())
+        while True:
+            self._told.clear()
+            await self._told.wait()
+            load = self.load
+            if not (load.running or load.waiting or load.promised_blocks or load.owned_blocks):
+                return

@@ -1,0 +1,1 @@
+"""Running Baton: the one-machine launcher and the terminal's commands."""

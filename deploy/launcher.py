@@ -1,0 +1,187 @@
+"""`baton serve`: a gateway and its workers on this machine, as separate processes.
+
+A worker that dies is started again, with growing pauses while it keeps dying. The gateway's death
+ends everything. However we end, nothing outlives us: the kernel kills each child with its parent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import aiohttp
+
+from cluster import process
+from cluster.config import GatewayConfig, ServeConfig, WorkerConfig, flags, load
+from cluster.errors import StartError
+from cluster.messages import BOTH, DECODE, PREFILL
+
+STOP_S = 4.0
+"""From Ctrl-C to the last child's end, by force if need be."""
+
+LONGEST_PAUSE_S = 30.0
+EARLY_DEATH_S = 10.0
+
+
+@dataclass(frozen=True)
+class Child:
+    name: str
+    arguments: list[str]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until Ctrl-C. Raises StartError."""
+    config = load(ServeConfig, argv, "baton serve")
+    if not config.both and not (config.prefill and config.decode):
+        raise StartError("nothing could answer: give --prefill and --decode, or --both")
+    process.die_with_parent(config.die_with)
+    process.start_logging(config.log_level)
+    return process.run(lambda stopping: Launcher(config).serve(stopping))
+
+
+def children(config: ServeConfig) -> list[Child]:
+    """The command lines of everything to start, the gateway first."""
+    gateway = ["gateway", *flags(config, GatewayConfig)]
+    shared = WorkerConfig(
+        **{
+            name: getattr(config, name)
+            for name in WorkerConfig.__dataclass_fields__
+            if name in ServeConfig.__dataclass_fields__ and name not in ("host", "port")
+        }
+    )
+    plan = [Child("gateway", gateway)]
+    for role, number in ((PREFILL, config.prefill), (DECODE, config.decode), (BOTH, config.both)):
+        for index in range(number):
+            worker = replace(
+                shared,
+                role=role,
+                name=f"{role}-{index}",
+                join=(f"{config.grpc_host}:{config.grpc_port}",),
+            )
+            if role == DECODE and config.decode_block_size:
+                worker = replace(worker, block_size=config.decode_block_size)
+            plan.append(Child(worker.name, ["worker", *flags(worker, WorkerConfig)]))
+    return plan
+
+
+class Launcher:
+    """Starts, watches and ends the children."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._running: dict[str, asyncio.subprocess.Process] = {}
+        self._url = f"http://{config.host}:{config.port}"
+
+    async def serve(self, stopping: asyncio.Event) -> int:
+        """Raises StartError if anything ends before all is ready."""
+        plan = children(self._config)
+        stop = asyncio.create_task(stopping.wait())
+        keepers: list[asyncio.Task[int]] = []
+        try:
+            for child in plan:
+                await self._start(child)
+            up = asyncio.create_task(self._until_ready(len(plan) - 1))
+            ends = [asyncio.create_task(self._end_of(child)) for child in plan]
+            await asyncio.wait((up, stop, *ends), return_when=asyncio.FIRST_COMPLETED)
+            if stop.done():
+                return 0
+            if not up.done():
+                child, status = next(end.result() for end in ends if end.done())
+                raise StartError(f"{child.name} ended with status {status} before it was ready")
+            await up
+            self._announce()
+            keepers = [
+                asyncio.create_task(self._keep(child, end))
+                for child, end in zip(plan, ends, strict=True)
+            ]
+            done, _ = await asyncio.wait((stop, *keepers), return_when=asyncio.FIRST_COMPLETED)
+            return 0 if stop in done else 1
+        finally:
+            for task in keepers:
+                task.cancel()
+            await self._stop_all()
+
+    async def _start(self, child: Child) -> None:
+        self._running[child.name] = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "cluster.cli",
+            *child.arguments,
+            "--die-with",
+            str(os.getpid()),
+            stdin=asyncio.subprocess.DEVNULL,
+            start_new_session=True,  # the terminal's Ctrl-C is for us: we end the children in order
+        )
+
+    async def _end_of(self, child: Child) -> tuple[Child, int]:
+        return child, await self._running[child.name].wait()
+
+    async def _keep(self, child: Child, end: asyncio.Task[tuple[Child, int]]) -> int:
+        """Start a worker again each time it ends. Returns when the gateway has ended."""
+        pause, clock = 1.0, asyncio.get_running_loop().time
+        while True:
+            started = clock()
+            _, status = await end
+            print(f"baton: {child.name} ended with status {status}", file=sys.stderr, flush=True)
+            if child.name == "gateway":
+                return status
+            pause = 1.0 if clock() - started > EARLY_DEATH_S else min(2 * pause, LONGEST_PAUSE_S)
+            await asyncio.sleep(pause)
+            await self._start(child)
+            end = asyncio.create_task(self._end_of(child))
+
+    async def _until_ready(self, workers: int) -> None:
+        """Ask the gateway until every worker has joined."""
+        keys = self._config.api_key
+        headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+        deadline = asyncio.timeout(self._config.start_timeout)
+        try:
+            async with deadline, aiohttp.ClientSession(headers=headers) as client:
+                while len((await self._status(client)).get("workers", ())) < workers:
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            raise StartError("not ready in time: see --start-timeout") from None
+
+    async def _status(self, client: aiohttp.ClientSession) -> dict[str, Any]:
+        with contextlib.suppress(aiohttp.ClientError):
+            async with client.get(f"{self._url}/status") as response:
+                if response.status == 200:
+                    return dict(await response.json())
+        return {}
+
+    def _announce(self) -> None:
+        config = self._config
+        name = config.served_model_name[0] if config.served_model_name else ""
+        model = name or config.model or "baton-tiny"
+        pools = [
+            f"{number} {role}"
+            for role, number in (
+                (PREFILL, config.prefill),
+                (DECODE, config.decode),
+                (BOTH, config.both),
+            )
+            if number
+        ]
+        print(f"Baton is ready: {self._url}  pools: {' + '.join(pools)}  model: {model}")
+        print(f"Ask it: baton chat --url {self._url} 'What is a landing?'", flush=True)
+
+    async def _stop_all(self) -> None:
+        """SIGTERM to all; SIGKILL to whoever is left after STOP_S."""
+        living = [child for child in self._running.values() if child.returncode is None]
+        for child in living:
+            child.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(STOP_S):
+                for child in living:
+                    await child.wait()
+        except TimeoutError:
+            for child in living:
+                if child.returncode is None:
+                    child.kill()
+                    await child.wait()

@@ -1,0 +1,21 @@
+"""`baton worker`: opens the room of its role."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from cluster import process
+from cluster.config import WorkerConfig, load
+from cluster.messages import BOTH, DECODE, PREFILL
+
+ROOMS = {PREFILL: "prefill.service", DECODE: "decode.service", BOTH: "decode.service"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until told to stop. Raises StartError."""
+    config = load(WorkerConfig, argv, "baton worker")
+    process.die_with_parent(config.die_with)
+    process.start_logging(config.log_level)
+    room = importlib.import_module(ROOMS[config.role])
+    return process.run(lambda stopping: room.serve(config, stopping))

@@ -1,0 +1,1 @@
+"""What both stages run: models, cache, batches and the step loop, on torch."""

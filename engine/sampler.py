@@ -1,0 +1,164 @@
+"""Sampler: logits to tokens, the same token whatever else is in the batch.
+
+The noise is a pure function of (seed, choice, position, token id), made by Philox-4x32-10, a
+counter-based generator: an answer that is resumed on another worker draws what it would have
+drawn, and a GPU kernel can draw the same.
+
+Source  Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox);
+        Gumbel-max sampling; min-p: Nguyen et al. 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cluster.messages import Sampling
+from engine.sequence import Sequence
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: dividing by them would overflow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The chosen token and, if asked for, log-probabilities of it and of the most likely ones."""
+
+    token: int
+    logprobs: tuple[tuple[int, float], ...] = ()
+
+
+def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
+    """Choose one token for each row of `logits` [rows, vocab] float32, which may be overwritten."""
+    if not sequences:
+        return []
+    if all(_is_plain(sequence) for sequence in sequences):
+        return [Sampled(token) for token in logits.argmax(dim=-1).tolist()]
+    return [_sample_one(row, sequence) for row, sequence in zip(logits, sequences, strict=True)]
+
+
+def _is_plain(sequence: Sequence) -> bool:
+    sampling = sequence.request.sampling
+    return (
+        sampling.temperature < GREEDY_BELOW
+        and sampling.logprobs is None
+        and not sampling.logit_bias
+        and not _has_penalties(sampling)
+        and sequence.next_index >= sampling.min_tokens
+    )
+
+
+def _has_penalties(sampling: Sampling) -> bool:
+    return (
+        sampling.presence_penalty != 0
+        or sampling.frequency_penalty != 0
+        or sampling.repetition_penalty != 1
+    )
+
+
+def _sample_one(logits: torch.Tensor, sequence: Sequence) -> Sampled:
+    """One row [vocab]. Log-probabilities are those before bias, penalties and filters."""
+    sampling = sequence.request.sampling
+    raw = logits.log_softmax(dim=-1) if sampling.logprobs is not None else None
+    if sampling.logit_bias:
+        for token, bias in sampling.logit_bias:
+            logits[token] += bias
+    if sequence.next_index < sampling.min_tokens and sampling.stop_token_ids:
+        logits[list(sampling.stop_token_ids)] = -torch.inf
+    if _has_penalties(sampling):
+        penalise(logits, sequence.tokens, sequence.request.prompt_tokens, sampling)
+    if sampling.temperature < GREEDY_BELOW:
+        token = int(logits.argmax())
+    else:
+        token = _draw(logits, sampling, position=len(sequence.tokens))
+    return Sampled(token, () if raw is None else _top_logprobs(raw, token, sampling.logprobs or 0))
+
+
+def penalise(
+    logits: torch.Tensor, tokens: list[int], prompt_tokens: int, sampling: Sampling
+) -> None:
+    """Push down, in place, what has been said.
+
+    Repetition counts prompt and answer, presence and frequency the answer alone, as the OpenAI
+    definition of the two and the CTRL paper's of the first have it.
+    """
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(tokens)))
+        scores = logits[seen]
+        logits[seen] = torch.where(
+            scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty
+        )
+    answer = tokens[prompt_tokens:]
+    if answer and (sampling.presence_penalty or sampling.frequency_penalty):
+        said, counts = torch.tensor(answer).unique(return_counts=True)
+        logits[said] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+
+
+def _draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
+    tokens, scores = _keep(logits / sampling.temperature, sampling)
+    noise = gumbel(tokens, sampling.seed, sampling.choice, position)
+    return int(tokens[int(np.argmax(scores + noise))])
+
+
+def _keep(
+    scaled: torch.Tensor, sampling: Sampling
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """The candidates left by min-p, top-k and top-p: token ids and their scores, aligned."""
+    if sampling.top_k <= 0 and sampling.top_p >= 1:
+        scores, ids = scaled, torch.arange(len(scaled))
+    else:
+        k = min(sampling.top_k, len(scaled)) if sampling.top_k > 0 else len(scaled)
+        scores, ids = scaled.topk(k)
+        if sampling.top_p < 1:
+            probabilities = scores.double().softmax(dim=-1)
+            before = probabilities.cumsum(dim=-1) - probabilities
+            keep = int((before < sampling.top_p).sum())
+            scores, ids = scores[:keep], ids[:keep]
+    if sampling.min_p > 0:
+        kept = scores >= scaled.max() + float(np.log(sampling.min_p))
+        scores, ids = scores[kept], ids[kept]
+    finite = torch.isfinite(scores)
+    return ids[finite].numpy(), scores[finite].double().numpy()
+
+
+def _top_logprobs(
+    raw: torch.Tensor, token: int, alternatives: int
+) -> tuple[tuple[int, float], ...]:
+    values, ids = raw.topk(alternatives)
+    best = zip(ids.tolist(), values.tolist(), strict=True)
+    return ((token, float(raw[token])), *best)
+
+
+def gumbel(
+    tokens: npt.NDArray[np.int64], seed: int, choice: int, position: int
+) -> npt.NDArray[np.float64]:
+    """Standard Gumbel noise for each of `tokens`, the same wherever and whenever it is asked for.
+
+    Each Philox block of four words serves four consecutive token ids.
+    """
+    blocks, inverse = np.unique(tokens >> 2, return_inverse=True)
+    words = philox(
+        (blocks, np.uint64(position), np.uint64(choice), np.uint64(0)),
+        (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF),
+    )
+    uniform = (words[tokens & 3, inverse] + 0.5) / 2.0**32
+    noise: npt.NDArray[np.float64] = -np.log(-np.log(uniform))
+    return noise
+
+
+def philox(counter: tuple[object, ...], key: tuple[int, int]) -> npt.NDArray[np.uint64]:
+    """Philox-4x32-10: four 32-bit words per counter, as [4, n] in uint64."""
+    low = np.uint64(0xFFFFFFFF)
+    c0, c1, c2, c3 = np.broadcast_arrays(*(np.asarray(c, dtype=np.uint64) for c in counter))
+    k0, k1 = key
+    for _ in range(10):
+        left, right = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0 = (right >> np.uint64(32)) ^ c1 ^ np.uint64(k0)
+        c2 = (left >> np.uint64(32)) ^ c3 ^ np.uint64(k1)
+        c1, c3 = right & low, left & low
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3])

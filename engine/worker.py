@@ -1,0 +1,250 @@
+"""A worker process from start to end: what prefill and decode workers have in common.
+
+load the model -> pages and pool -> the room's stage and links -> gRPC -> step thread -> join
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from cluster import rpc
+from cluster.config import WorkerConfig, model_directory
+from cluster.errors import HandshakeRefused, StartError
+from cluster.ids import new_incarnation
+from cluster.messages import Event, Fingerprint, Hello, KVLayout, LayerGroup, Load, Peer
+from cluster.model import ModelConfig, config_digest
+from cluster.wire import codec
+from cluster.worker import WorkerService
+from engine import loop
+from engine.allocator import Allocator
+from engine.blocks import BlockPool, root_key
+from engine.cache import KVCache
+from engine.models.load import LoadedModel, load_model
+from engine.runner import Runner
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.25
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a room builds its stage and its links from. `hello` has no addresses yet."""
+
+    config: WorkerConfig
+    hello: Hello
+    windows: tuple[int, ...]
+    cache: KVCache
+    pool: BlockPool
+    allocator: Allocator
+    inbox: loop.Inbox
+
+
+class Room(Protocol):
+    """A role's own part of a worker."""
+
+    stage: loop.Stage
+
+    async def open(self) -> str:
+        """Bind or prepare the data plane; returns its address, if it takes KV."""
+
+    async def serve(self) -> None:
+        """Carry KV until cancelled."""
+
+    async def close(self) -> None:
+        """Let go of the data plane. Idempotent."""
+
+
+async def serve(
+    config: WorkerConfig, stopping: asyncio.Event, furnish: Callable[[Parts], Room]
+) -> int:
+    """One worker until told to stop. Raises StartError."""
+    if config.pin:
+        os.sched_setaffinity(0, config.pin)
+    torch.set_num_threads(max(1, config.threads))
+    started = time.monotonic()
+    directory = model_directory(config)
+    model = await asyncio.to_thread(_load, config, directory)
+    parts = _parts(config, directory, model)
+    room = furnish(parts)
+    server = rpc.new_server()
+    try:
+        data_address = await room.open()
+        port = server.add_insecure_port(f"{config.host}:{config.port}")
+    except (RuntimeError, OSError) as error:
+        await room.close()
+        raise StartError(f"cannot listen on {config.host}: {error}: see --port") from None
+    hello = replace(parts.hello, control_address=f"{config.host}:{port}", data_address=data_address)
+    service = WorkerService(hello, parts.inbox.put)
+    server.add_generic_rpc_handlers(
+        (
+            rpc.stream_handler(
+                codec.SESSION, service.session, codec.decode_order, codec.encode_report
+            ),
+        )
+    )
+    await server.start()
+    ready_in = round(time.monotonic() - started, 3)
+    log.info("worker up", extra={"worker": hello.peer.name, "seconds": ready_in})
+    try:
+        await _live(config, stopping, service, room, Runner(model.model), parts.inbox)
+    finally:
+        await server.stop(grace=0.1)
+        await room.close()
+    return 0
+
+
+async def _live(
+    config: WorkerConfig,
+    stopping: asyncio.Event,
+    service: WorkerService,
+    room: Room,
+    runner: Runner,
+    inbox: loop.Inbox,
+) -> None:
+    """Serve, then drain. Raises whatever ends a part of the worker."""
+    event_loop = asyncio.get_running_loop()
+    broken: asyncio.Future[None] = event_loop.create_future()
+
+    def tell(mail: list[tuple[int, Event]], load: Load) -> None:
+        event_loop.call_soon_threadsafe(service.tell, mail, load)
+
+    def steps() -> None:
+        try:
+            loop.run(room.stage, runner, inbox, tell)
+        except BaseException as error:
+            log.critical("step loop broke", exc_info=error)
+            event_loop.call_soon_threadsafe(broken.set_exception, error)
+
+    thread = threading.Thread(target=steps, name="steps", daemon=True)
+    thread.start()
+    tasks = [
+        asyncio.create_task(service.tick(TICK_S)),
+        asyncio.create_task(room.serve()),
+        *(asyncio.create_task(_join(service, address)) for address in config.join),
+    ]
+    stop = asyncio.create_task(stopping.wait())
+    try:
+        await _first_of(stop, broken, *tasks)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(config.shutdown_timeout):
+                await _first_of(asyncio.create_task(service.drain()), broken, *tasks)
+    finally:
+        for task in (stop, *tasks):
+            task.cancel()
+        await asyncio.gather(stop, *tasks, return_exceptions=True)
+        inbox.put(loop.Stop())
+        await asyncio.to_thread(thread.join, 1.0)
+
+
+async def _first_of(*waiting: Awaitable[Any]) -> None:
+    """Returns when the first of them returns; raises what it raised."""
+    done, _ = await asyncio.wait(
+        [asyncio.ensure_future(one) for one in waiting], return_when=asyncio.FIRST_COMPLETED
+    )
+    for one in done:
+        one.result()
+
+
+async def _join(service: WorkerService, address: str) -> None:
+    try:
+        await service.join(address, lambda: None)
+    except HandshakeRefused as error:
+        raise StartError(f"{address} refuses this worker: {error.message}") from None
+
+
+def _parts(config: WorkerConfig, directory: Path, model: LoadedModel) -> Parts:
+    shape = model.config
+    layout = KVLayout(_groups(shape), model.dtype)
+    blocks = config.num_blocks or _blocks_in(config, layout)
+    name = config.name or f"{config.role}-{os.getpid()}"
+    fingerprint = Fingerprint(config_digest(directory), model.weights_digest)
+    pool = BlockPool(blocks, config.block_size)
+    hello = Hello(
+        peer=Peer(name, new_incarnation()),
+        role=config.role,
+        model=directory.name,
+        fingerprint=fingerprint,
+        layout=layout,
+        block_size=config.block_size,
+        blocks=blocks,
+        max_model_len=config.max_model_len or shape.max_model_len,
+    )
+    return Parts(
+        config=config,
+        hello=hello,
+        windows=shape.windows,
+        cache=KVCache(layout, blocks, config.block_size, config.device),
+        pool=pool,
+        allocator=Allocator(
+            pool, lambda salt: root_key(fingerprint, salt), config.enable_prefix_caching
+        ),
+        inbox=loop.Inbox(),
+    )
+
+
+def _groups(shape: ModelConfig) -> tuple[LayerGroup, ...]:
+    """Consecutive layers with the same window."""
+    groups: list[LayerGroup] = []
+    for window in shape.windows:
+        if groups and groups[-1].window == window:
+            groups[-1] = replace(groups[-1], layers=groups[-1].layers + 1)
+        else:
+            groups.append(LayerGroup(1, shape.kv_heads, shape.head_dim, window))
+    return tuple(groups)
+
+
+def _blocks_in(config: WorkerConfig, layout: KVLayout) -> int:
+    """How many blocks fit into the memory given."""
+    itemsize = {"float32": 4}.get(layout.dtype, 2)
+    token = sum(2 * g.layers * g.kv_heads * g.head_dim * itemsize for g in layout.groups)
+    blocks = config.kv_cache_memory_bytes // (token * config.block_size)
+    if blocks < 1:
+        raise StartError(
+            f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes} holds no block "
+            f"of {token * config.block_size} bytes"
+        )
+    return blocks
+
+
+def _load(config: WorkerConfig, directory: Path) -> LoadedModel:
+    shown = _Progress(config.name or config.role, directory.name)
+    return load_model(
+        directory,
+        dtype=config.dtype,
+        device=config.device,
+        load_format=config.load_format,
+        seed=config.seed,
+        progress=shown,
+    )
+
+
+class _Progress:
+    """Says how far loading is: at most a line each second, and none for what is loaded at once."""
+
+    def __init__(self, worker: str, model: str) -> None:
+        self._what = f"{worker}: loading {model}"
+        self._next = time.monotonic() + 1.0
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() < self._next:
+            return
+        self._next += 1.0
+        print(
+            f"{self._what}: {done / 2**20:.0f} of {total / 2**20:.0f} MiB "
+            f"({100 * done // max(1, total)} %)",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,157 @@
+"""`baton gateway`: puts the front, the pools and their two servers together and runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import grpc
+import uvicorn
+
+from cluster import process, rpc
+from cluster.config import BUILT_IN, GatewayConfig, load, model_directory
+from cluster.errors import HandshakeRefused, StartError
+from cluster.messages import Hello, Load
+from cluster.metrics import GatewayMetrics
+from cluster.model import config_digest, load_config
+from cluster.wire import codec
+from gateway import inference
+from gateway.app import create_app
+from gateway.ask import Limits
+from gateway.gateway import Gateway
+from gateway.keys import Keys
+from gateway.pools import Pools, serve_membership
+from gateway.sequencer import Sequencer
+from gateway.session import over_grpc
+from gateway.text import TextPool
+from gateway.tokens import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until told to stop. Raises StartError."""
+    config = load(GatewayConfig, argv, "baton gateway")
+    process.die_with_parent(config.die_with)
+    process.start_logging(config.log_level)
+    return process.run(lambda stopping: serve(config, stopping))
+
+
+async def serve(config: GatewayConfig, stopping: asyncio.Event) -> int:
+    """One gateway, from bound ports to the last answer. Raises StartError."""
+    listener = bind(config.host, config.port)
+    directory = model_directory(config)
+    gateway, pools = build(config, directory)
+    server = rpc.new_server()
+    server.add_generic_rpc_handlers((_registry(pools, f"{config.grpc_host}:{config.grpc_port}"),))
+    inference.add_to_server(server, gateway)
+    address = f"{config.grpc_host}:{config.grpc_port}"
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError:
+        raise StartError(f"cannot listen on {address}: choose another --grpc-port") from None
+    http = _Uvicorn(
+        uvicorn.Config(
+            create_app(gateway),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=max(1, int(config.shutdown_timeout)),
+        )
+    )
+    gateway.text.start()
+    await server.start()
+    watch = asyncio.create_task(pools.watch())
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    stop = asyncio.create_task(stopping.wait())
+    log.info("gateway up", extra={"http": f"{config.host}:{config.port}", "grpc": address})
+    await asyncio.wait((serving, stop, watch), return_when=asyncio.FIRST_COMPLETED)
+    http.should_exit = True
+    await serving
+    for task in (watch, stop):
+        task.cancel()
+    await pools.close()
+    await server.stop(grace=0.2)
+    gateway.text.stop()
+    return 0
+
+
+def build(config: GatewayConfig, directory: Path) -> tuple[Gateway, Pools]:
+    """Everything but the servers. Raises BadModel."""
+    model = load_config(directory)
+    tokenizer = Tokenizer.from_dir(directory)
+    own_name = "baton-tiny" if directory == BUILT_IN else directory.resolve().name
+    names = config.served_model_name or (own_name,)
+    longest = min(config.max_model_len or model.max_model_len, model.max_model_len)
+    pools = Pools(names[0], config_digest(directory), over_grpc)
+    sequencer = Sequencer(pools, max_waiting=config.max_waiting, queue_timeout=config.queue_timeout)
+    gateway = Gateway(
+        limits=Limits(
+            model_names=names,
+            vocab_size=model.vocab_size,
+            max_model_len=longest,
+            max_prompt_tokens=longest - 1,
+            allow_unknown_fields=config.allow_unknown_fields,
+        ),
+        eos_ids=model.eos_ids,
+        tokenizer=tokenizer,
+        text=TextPool(tokenizer),
+        sequencer=sequencer,
+        pools=pools,
+        keys=Keys(config.api_key),
+        metrics=GatewayMetrics(names[0]),
+        version=_version(),
+        created=int(time.time()),
+        request_timeout_s=config.request_timeout,
+    )
+    return gateway, pools
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises StartError that names the port."""
+    try:
+        return socket.create_server((host, port), backlog=2048)
+    except OSError as error:
+        raise StartError(
+            f"cannot listen on {host}:{port} ({error.strerror}): choose another --port"
+        ) from None
+
+
+def _registry(pools: Pools, name: str) -> grpc.GenericRpcHandler:
+    async def join(
+        messages: AsyncIterator[Hello | Load], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[str]:
+        try:
+            async with aclosing(serve_membership(pools, messages, name)) as welcomes:
+                async for welcome in welcomes:
+                    yield welcome
+        except HandshakeRefused as error:
+            log.warning("worker refused", extra={"reason": error.message})
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
+
+    return rpc.stream_handler(codec.JOIN, join, codec.decode_membership, codec.encode_welcome)
+
+
+def _version() -> str:
+    try:
+        return version("baton-serve")
+    except PackageNotFoundError:
+        return "0+source"
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its own signal handlers: this process has one place for signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

@@ -1,0 +1,250 @@
+"""Pools: the workers that are there now. A membership lasts as long as its stream and its beats."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from cluster.errors import HandshakeRefused
+from cluster.messages import (
+    BOTH,
+    DECODE,
+    PREFILL,
+    PROTOCOL,
+    Hello,
+    Load,
+    Order,
+    Peer,
+    Report,
+    Request,
+)
+from gateway import router
+from gateway.router import PrefixMemory, View
+from gateway.session import WorkerSession
+
+log = logging.getLogger(__name__)
+
+BEAT_S = 0.25
+MISSED_BEATS = 6
+"""A worker that has said nothing for six beats of ours (1.5 s) is lost. Counting our own beats
+keeps a gateway that was itself stopped from losing everyone when it wakes."""
+
+Connect = Callable[[str, AsyncIterator[Order]], AsyncIterator[Report]]
+
+
+@dataclass(eq=False)
+class Member:
+    """One worker of one incarnation, from its join to its loss."""
+
+    hello: Hello
+    session: WorkerSession
+    prefixes: PrefixMemory
+    load: Load
+    silent_beats: int = 0
+    sent_tokens: dict[str, int] = field(default_factory=dict)
+    """Prompt tokens of requests sent since its last load, which that load cannot know of."""
+
+    @property
+    def peer(self) -> Peer:
+        return self.hello.peer
+
+    def view(self, marks: list[int]) -> View:
+        load, hello = self.load, self.hello
+        sent = sum(self.sent_tokens.values())
+        return View(
+            name=hello.peer.name,
+            requests=self.session.requests,
+            queued_tokens=load.queued_tokens + sent,
+            total_blocks=hello.blocks,
+            used_blocks=load.promised_blocks + load.owned_blocks + sent // max(1, hello.block_size),
+            block_size=max(1, hello.block_size),
+            cached_prefix=self.prefixes.hit(marks),
+        )
+
+    def sent(self, request: Request, marks: list[int]) -> None:
+        self.sent_tokens[request.id] = len(request.tokens)
+        self.prefixes.remember(marks)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The workers chosen for one attempt: a pair, or one `both` worker alone as `decode`."""
+
+    prefill: Member | None
+    decode: Member | None
+
+
+class Pools:
+    """Owned by the event loop. `model` is what workers must serve: its configuration's digest."""
+
+    def __init__(self, model: str, config_digest: str, connect: Connect) -> None:
+        self._model = model
+        self._config_digest = config_digest
+        self._connect = connect
+        self._members: dict[str, Member] = {}
+        self._sessions: dict[Peer, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self.lost = 0  # workers lost without having drained
+
+    @property
+    def members(self) -> list[Member]:
+        return list(self._members.values())
+
+    def join(self, hello: Hello) -> Member:
+        """Take a worker in; an older incarnation of it is lost. Raises HandshakeRefused."""
+        self._check(hello)
+        older = self._members.get(hello.peer.name)
+        if older is not None:
+            self.leave(older)
+        session = WorkerSession(
+            hello.peer, lambda orders: self._connect(hello.control_address, orders)
+        )
+        member = Member(
+            hello=hello,
+            session=session,
+            prefixes=PrefixMemory(hello.blocks * hello.block_size),
+            load=Load(progress=0, free_blocks=hello.blocks),
+        )
+        self._members[hello.peer.name] = member
+        task = asyncio.create_task(self._serve(member), name=f"session {hello.peer.name}")
+        self._sessions[hello.peer] = task
+        log.info("worker joined", extra={"worker": hello.peer.name, "role": hello.role})
+        self._wake()
+        return member
+
+    def _check(self, hello: Hello) -> None:
+        mine = [("protocol", PROTOCOL, hello.protocol)]
+        mine.append(("model configuration", self._config_digest, hello.fingerprint.config))
+        for other in self._members.values():
+            if other.peer.name != hello.peer.name:
+                mine.append(("weights", other.hello.fingerprint.weights, hello.fingerprint.weights))
+                mine.append(("KV layout", other.hello.layout, hello.layout))
+                break
+        for what, ours, theirs in mine:
+            if ours != theirs:
+                raise HandshakeRefused(
+                    f"{what} of worker {hello.peer.name} is {theirs}, the cluster has {ours}"
+                )
+
+    async def _serve(self, member: Member) -> None:
+        try:
+            await member.session.run()
+        finally:
+            self.leave(member)
+
+    def report(self, member: Member, load: Load) -> None:
+        member.load = load
+        member.silent_beats = 0
+        member.sent_tokens.clear()
+        self._wake()
+
+    def leave(self, member: Member) -> None:
+        """It is gone: whoever has a request there is told. Idempotent."""
+        member.session.close()
+        task = self._sessions.pop(member.peer, None)
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+        if self._members.get(member.peer.name) is member:
+            del self._members[member.peer.name]
+            self.lost += not member.load.draining
+            log.info("worker left", extra={"worker": member.peer.name})
+        self._wake()
+
+    async def watch(self) -> None:
+        """Lose workers that have fallen silent. Runs as long as the gateway."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            for member in self.members:
+                member.silent_beats += 1
+                if member.silent_beats > MISSED_BEATS:
+                    log.warning("worker fell silent", extra={"worker": member.peer.name})
+                    self.leave(member)
+
+    async def close(self) -> None:
+        for member in self.members:
+            self.leave(member)
+
+    async def changed(self, timeout: float) -> None:
+        """Returns when any worker's state may have changed. Raises TimeoutError."""
+        async with asyncio.timeout(timeout):
+            await self._changed.wait()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def route(self, request: Request, avoid: Collection[Peer] = ()) -> Route | None:
+        """The best pair, or the best `both` worker where there is no pair. None: nobody can."""
+        marks = router.prefix_marks(request)
+        tokens = len(request.tokens)
+        open_to = [m for m in self.members if not m.load.draining and m.peer not in avoid]
+        pool = {
+            role: {m.peer.name: m for m in open_to if m.hello.role == role}
+            for role in (PREFILL, DECODE, BOTH)
+        }
+        views = {role: [m.view(marks) for m in pool[role].values()] for role in pool}
+        prefill = router.choose_prefill(views[PREFILL], tokens)
+        decode = router.choose_decode(views[DECODE], tokens)
+        alone = router.choose_undivided(views[BOTH], tokens)
+        if prefill is not None and request.sampling.max_tokens == 1:
+            route = Route(pool[PREFILL][prefill.name], None)  # one token needs no landing
+        elif prefill is not None and decode is not None:
+            route = Route(pool[PREFILL][prefill.name], pool[DECODE][decode.name])
+        elif alone is not None:
+            route = Route(None, pool[BOTH][alone.name])
+        else:
+            return None
+        for member in (route.prefill, route.decode):
+            if member is not None:
+                member.sent(request, marks)
+        return route
+
+    def ready(self) -> bool:
+        """At least one pair, or one `both` worker, takes requests."""
+        roles = {member.hello.role for member in self.members if not member.load.draining}
+        return BOTH in roles or {PREFILL, DECODE} <= roles
+
+    def status(self) -> dict[str, Any]:
+        """The cluster as JSON."""
+        return {
+            "model": self._model,
+            "ready": self.ready(),
+            "workers": [
+                {
+                    "name": member.peer.name,
+                    "role": member.hello.role,
+                    "incarnation": f"{member.peer.incarnation:016x}",
+                    "control_address": member.hello.control_address,
+                    "data_address": member.hello.data_address,
+                    "block_size": member.hello.block_size,
+                    "blocks": member.hello.blocks,
+                    "requests": member.session.requests,
+                    **{k: v for k, v in asdict(member.load).items() if k != "counters"},
+                }
+                for member in sorted(self.members, key=lambda m: (m.hello.role, m.peer.name))
+            ],
+        }
+
+
+async def serve_membership(
+    pools: Pools, messages: AsyncIterator[Hello | Load], name: str
+) -> AsyncIterator[str]:
+    """The Registry's Join for one worker. Raises HandshakeRefused."""
+    hello = await anext(messages)
+    if not isinstance(hello, Hello):
+        raise HandshakeRefused("the first message must be a Hello")
+    member = pools.join(hello)
+    try:
+        yield name
+        async for load in messages:
+            if isinstance(load, Load):
+                pools.report(member, load)
+            if member.session.lost:
+                return
+    finally:
+        with suppress(asyncio.CancelledError):
+            pools.leave(member)

@@ -1,0 +1,90 @@
+"""WorkerSession: the gateway's one stream to one worker. Orders out, events in, by request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+
+from cluster import rpc
+from cluster.errors import BatonError, WorkerLost
+from cluster.messages import Event, Order, Peer, Report
+from cluster.wire import codec
+
+log = logging.getLogger(__name__)
+
+Call = Callable[[AsyncIterator[Order]], AsyncIterator[Report]]
+"""Opens the stream: over gRPC, or straight to a worker in the same process."""
+
+Mailbox = asyncio.Queue[Event | BatonError]
+"""Where one relay gets all that concerns it, from every worker it has to do with."""
+
+
+class WorkerSession:
+    """Lives from the worker's join to its loss, and never longer than one incarnation."""
+
+    def __init__(self, peer: Peer, call: Call) -> None:
+        self.peer = peer
+        self.lost: BatonError | None = None
+        self._call = call
+        self._orders: asyncio.Queue[Order | None] = asyncio.Queue()
+        self._mailboxes: dict[str, Mailbox] = {}
+
+    @property
+    def requests(self) -> int:
+        """How many of this gateway's requests this worker has to do with now."""
+        return len(self._mailboxes)
+
+    def listen(self, request_id: str, mailbox: Mailbox) -> None:
+        """Raises WorkerLost if the worker is gone already."""
+        if self.lost is not None:
+            raise self.lost
+        self._mailboxes[request_id] = mailbox
+
+    def forget(self, request_id: str) -> None:
+        self._mailboxes.pop(request_id, None)
+
+    def send(self, order: Order) -> None:
+        """Never blocks and never fails: a loss shows in the mailbox."""
+        self._orders.put_nowait(order)
+
+    async def run(self) -> None:
+        """Serve until the stream ends. Whoever listens then is told WorkerLost."""
+        try:
+            async for report in self._call(self._outgoing()):
+                for event in report.events:
+                    mailbox = self._mailboxes.get(event.request_id)
+                    if mailbox is not None:
+                        mailbox.put_nowait(event)
+        except grpc.aio.AioRpcError as error:
+            log.info("session lost", extra={"worker": self.peer.name, "status": str(error.code())})
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """The worker is gone or fenced. Idempotent."""
+        if self.lost is not None:
+            return
+        self.lost = WorkerLost("The worker that served this request was lost. Please try again.")
+        self._orders.put_nowait(None)
+        for mailbox in self._mailboxes.values():
+            mailbox.put_nowait(self.lost)
+        self._mailboxes.clear()
+
+    async def _outgoing(self) -> AsyncIterator[Order]:
+        while (order := await self._orders.get()) is not None:
+            yield order
+
+
+async def over_grpc(address: str, orders: AsyncIterator[Order]) -> AsyncIterator[Report]:
+    """The Call for a worker in another process."""
+    async with rpc.open_channel(address) as channel:
+        call = channel.stream_stream(
+            codec.SESSION,
+            request_serializer=codec.encode_order,
+            response_deserializer=codec.decode_report,
+        )
+        async for report in call(orders):
+            yield report

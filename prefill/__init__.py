@@ -1,0 +1,1 @@
+"""The prefill worker: reads prompts, pushes their KV while it computes, samples the first token."""

@@ -1,0 +1,271 @@
+"""PrefillStage: prompts come in, their KV goes out while it is computed, and the first token.
+
+    waiting -> prefilling -> handing off -> released
+               holds blocks  holds blocks   free, or cached for the next prompt with that prefix
+
+A sequence with a landing keeps its blocks until the sender says that nothing reads them any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from cluster.clock import Clock
+from cluster.messages import Cancel, Event, Failed, Landing, Load, Prefill, Token
+from cluster.orders import Drain, Ordered, SessionClosed, Tick
+from engine.allocator import Allocator
+from engine.batch import Batch, Plan
+from engine.blocks import Block, BlockPool
+from engine.cache import KVCache, group_spans
+from engine.models.decoder import Attend
+from engine.sampler import Sampled
+from engine.sequence import Sequence
+from kvtransfer.sender import Released
+from prefill import scheduler
+from prefill.attention import PrefillAttention
+from prefill.queue import PromptQueue
+
+
+class Pushes(Protocol):
+    """The sender, as the step thread sees it: calls return at once and never fail."""
+
+    def open(
+        self, request_id: str, attempt: int, landing: Landing, blocks: list[Block], stop: int
+    ) -> None:
+        """Tokens landing.cached_tokens .. stop - 1, in these blocks, are to go to the landing."""
+
+    def announce(self, request_id: str, attempt: int, layers: range, tokens: range) -> None:
+        """This KV is final. Tokens that the landing has already are left out."""
+
+    def finish(self, request_id: str, attempt: int) -> None:
+        """All is announced."""
+
+    def cancel(self, request_id: str, attempt: int) -> None:
+        """Stop sending. `Released` follows all the same."""
+
+
+class PrefillStage:
+    """Owned by the step thread."""
+
+    def __init__(
+        self,
+        cache: KVCache,
+        pool: BlockPool,
+        allocator: Allocator,
+        windows: tuple[int, ...],
+        pushes: Pushes,
+        *,
+        budget: int,
+        chunk_bytes: int,
+        clock: Clock,
+    ) -> None:
+        self._cache = cache
+        self._pool = pool
+        self._allocator = allocator
+        self._windows = windows
+        self._pushes = pushes
+        self._budget = budget
+        self._chunk_bytes = chunk_bytes
+        self._clock = clock
+        self._queue = PromptQueue(allocator)
+        self._live: dict[tuple[str, int], Sequence] = {}  # every sequence that holds or wants blocks
+        self._landings: dict[tuple[str, int], Landing] = {}  # of those with a hold for the sender
+        self._mail: list[tuple[int, Event]] = []
+        self._draining = False
+        self.failed_transfers = 0
+
+    def apply(self, order: Any) -> None:
+        match order:
+            case Ordered(session, Prefill(request, landing, attempt)):
+                sequence = Sequence(request, attempt, session, self._clock())
+                self._take(sequence, landing)
+            case Ordered(session, Cancel(request_id, attempt)):
+                self._drop(lambda s: s.request.id == request_id and s.attempt <= attempt)
+            case SessionClosed(session):
+                self._drop(lambda s: s.session == session)
+            case Released():
+                self._released(order)
+            case Drain():
+                self._draining = True
+            case Tick():
+                pass  # every hold here ends with the sender, which has a timer of its own
+            case Ordered(session, other):
+                request_id = getattr(other, "request_id", "") or other.request.id
+                self._tell_failed(session, request_id, other.attempt, "wrong_role")
+
+    def _take(self, sequence: Sequence, landing: Landing | None) -> None:
+        request_id, attempt = sequence.key
+        if any(key[0] == request_id and key[1] >= attempt for key in self._live):
+            return  # said twice, or fenced
+        code = ""
+        if self._draining:
+            code = "draining"
+        elif sequence.blocks_for(len(sequence.tokens), self._pool.block_size) > self._pool.total:
+            code = "too_large"
+        if code:
+            self._tell_failed(sequence.session, request_id, attempt, code)
+            return
+        self._live[sequence.key] = sequence
+        if landing is not None:
+            self._landings[sequence.key] = landing
+        self._queue.waiting.append(sequence)
+
+    def plan(self) -> Plan:
+        for sequence in self._queue.admit(self._clock(), spare=0, seats=len(self._queue.waiting)):
+            landing = self._landings.get(sequence.key)
+            if landing is not None:
+                end = len(sequence.tokens)
+                self._pushes.open(*sequence.key, landing, sequence.blocks, end)
+                if sequence.computed:
+                    self._announce(sequence, range(len(self._windows)), 0, sequence.computed)
+        return Plan(scheduler.chunks(self._queue.prefilling, self._budget))
+
+    def make_room(self, plan: Plan) -> None:
+        """Nothing to do: a prompt is admitted with blocks for all of its tokens."""
+
+    def batch(self, plan: Plan) -> tuple[Batch, Attend]:
+        batch = Batch.of(plan, self._cache)
+        attend = PrefillAttention(self._cache, batch, self._windows)
+        pushed = [chunk for chunk in plan.chunks if chunk.sequence.key in self._landings]
+        ends = {part.stop - 1: part for part in self._layer_parts(plan.tokens)}
+
+        def attend_and_announce(
+            layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        ) -> torch.Tensor:
+            out = attend(layer, q, k, v)
+            if layer in ends:
+                for chunk in pushed:
+                    start = chunk.sequence.computed
+                    self._announce(chunk.sequence, ends[layer], start, start + chunk.count)
+            return out
+
+        return batch, attend_and_announce
+
+    def accept(self, plan: Plan, sampled: list[Sampled]) -> None:
+        tokens = iter(sampled)
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            ends = chunk.samples
+            sequence.computed += chunk.count
+            self._allocator.publish(sequence)
+            if ends:
+                self._finish(sequence, next(tokens))
+
+    def _finish(self, sequence: Sequence, sampled: Sampled) -> None:
+        """The prompt is read: tell the first token; blocks go when the sender has done with them."""
+        index = sequence.next_index
+        sequence.tokens.append(sampled.token)
+        finish, stop_token = sequence.finish_after(sampled.token)
+        assert sequence.scheduled is not None
+        sequence.spans["prefill"] = self._clock() - sequence.scheduled
+        request_id, attempt = sequence.key
+        self._mail.append(
+            (
+                sequence.session,
+                Token(
+                    request_id=request_id,
+                    attempt=attempt,
+                    index=index,
+                    token=sampled.token,
+                    finish=finish,
+                    stop_token=stop_token,
+                    logprobs=sampled.logprobs,
+                    spans=tuple(sequence.spans.items()),
+                    cached_tokens=sequence.cached_tokens,
+                ),
+            )
+        )
+        self._queue.remove(sequence)
+        if sequence.key in self._landings:
+            if finish:
+                self._pushes.cancel(request_id, attempt)
+            else:
+                self._pushes.finish(request_id, attempt)
+        else:
+            self._forget(sequence)
+
+    def fail(self, plan: Plan, error: Exception) -> None:
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            self._tell_failed(sequence.session, *sequence.key, "engine_error")
+            self._give_up(sequence)
+
+    def mail(self) -> list[Any]:
+        mail, self._mail = self._mail, []
+        return mail
+
+    def load(self, progress: int) -> Load:
+        counts = self._pool.counts()
+        waiting = len(self._queue.waiting)
+        return Load(
+            progress=progress,
+            running=len(self._live) - waiting,
+            waiting=waiting,
+            queued_tokens=self._queue.queued_tokens,
+            free_blocks=counts.free,
+            cached_blocks=counts.cached,
+            promised_blocks=counts.promised,
+            owned_blocks=counts.owned,
+            counters=(
+                ("prefix_cache_queries", self._allocator.queries),
+                ("prefix_cache_hits", self._allocator.hits),
+                ("kv_transfer_failures", self.failed_transfers),
+            ),
+        )
+
+    def _drop(self, unwanted: Callable[[Sequence], bool]) -> None:
+        for sequence in [s for s in self._live.values() if unwanted(s)]:
+            self._give_up(sequence)
+
+    def _give_up(self, sequence: Sequence) -> None:
+        """Compute it no further. Blocks that the sender may still read stay until it lets go."""
+        self._queue.remove(sequence)
+        if sequence.blocks and sequence.key in self._landings:
+            self._pushes.cancel(*sequence.key)
+        else:
+            self._forget(sequence)
+
+    def _released(self, released: Released) -> None:
+        """The sender has let go of the blocks, having sent them or not."""
+        sequence = self._live.get((released.request_id, released.attempt))
+        if sequence is None:
+            return
+        if released.error is not None:
+            self.failed_transfers += 1
+            self._tell_failed(sequence.session, *sequence.key, "transfer_failed")
+        self._queue.remove(sequence)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._allocator.free(sequence)
+        self._landings.pop(sequence.key, None)
+        del self._live[sequence.key]
+
+    def _announce(self, sequence: Sequence, layers: range, start: int, stop: int) -> None:
+        """Tell the sender what is final, in parts of about `chunk_bytes`."""
+        for span in group_spans(self._cache.layout):
+            part = range(max(span.start, layers.start), min(span.stop, layers.stop))
+            if not part:
+                continue
+            step = max(1, self._chunk_bytes // self._cache.token_bytes(part))
+            for first in range(start, stop, step):
+                tokens = range(first, min(stop, first + step))
+                self._pushes.announce(*sequence.key, part, tokens)
+
+    def _layer_parts(self, tokens: int) -> list[range]:
+        """The layers, cut so that this step's KV of one part is about `chunk_bytes`."""
+        parts: list[range] = []
+        for span in group_spans(self._cache.layout):
+            layer_bytes = self._cache.token_bytes(span[:1]) * tokens
+            step = max(1, self._chunk_bytes // layer_bytes)
+            parts += [
+                range(first, min(span.stop, first + step))
+                for first in range(span.start, span.stop, step)
+            ]
+        return parts
+
+    def _tell_failed(self, session: int, request_id: str, attempt: int, code: str) -> None:
+        self._mail.append((session, Failed(request_id, attempt, code)))
