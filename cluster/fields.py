@@ -63,7 +63,9 @@ class Fields:
             raise self.bad(name, "is missing")
         if type(value) not in (int, float):
             raise self.bad(name, f"must be a number, not {value!r:.80}")
-        if not abs(value) <= 1e30 or value > high or value < low or (low_open and value == low):
+        if not abs(value) <= 1e30:
+            raise self.bad(name, f"must be finite, not {value!r:.80}")
+        if value > high or value < low or (low_open and value == low):
             above = "above" if low_open else "at least"
             most = "" if high == math.inf else f" and at most {high:g}"
             raise self.bad(name, f"must be {above} {low:g}{most}, not {value!r:.80}")
@@ -99,10 +101,12 @@ class Fields:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Parse a JSON file that must hold an object. Raises BadModel."""
-    if path.stat().st_size > _MAX_FILE_BYTES:
-        raise BadModel(f"{path.name}: larger than {_MAX_FILE_BYTES >> 20} MiB")
     try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise BadModel(f"{path.name}: larger than {_MAX_FILE_BYTES >> 20} MiB")
         value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BadModel(f"{path.name}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise BadModel(f"{path.name}: not JSON ({error!s:.200})") from error
     if type(value) is not dict:

@@ -157,6 +157,10 @@ class Promise:
     request: Request
     attempt: int = 1
 
+    @property
+    def request_id(self) -> str:
+        return self.request.id
+
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
@@ -168,6 +172,10 @@ class Prefill:
     request: Request
     landing: Landing | None
     attempt: int = 1
+
+    @property
+    def request_id(self) -> str:
+        return self.request.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +193,10 @@ class Generate:
 
     request: Request
     attempt: int = 1
+
+    @property
+    def request_id(self) -> str:
+        return self.request.id
 
 
 @dataclass(frozen=True, slots=True)

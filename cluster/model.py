@@ -297,7 +297,7 @@ def _rope(fields: Fields, trained_len: int) -> RopeConfig:
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in ROPE_TYPES:
         raise rope.bad("rope_type", f"{kind!r} is not supported ({', '.join(ROPE_TYPES)})")
-    theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0), low=1.0)
+    theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0, low=1.0), low=1.0)
     if kind == "default":
         return RopeConfig(theta=theta)
     factor = rope.number("factor", low=1.0, low_open=False)

@@ -84,4 +84,3 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> int:
 
 def tell_start_error(error: BaseException) -> None:
     print(f"baton: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-

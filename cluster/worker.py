@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from itertools import count
@@ -86,7 +86,7 @@ class WorkerService:
             await asyncio.sleep(every)
             self._post(Tick())
 
-    async def membership(self) -> AsyncIterator[Hello | Load]:
+    async def membership(self) -> AsyncGenerator[Hello | Load, None]:
         """What a registry is told, for as long as it listens."""
         yield self.hello
         while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cluster.errors import BlocksExhausted
+from cluster.messages import Request
 from engine.blocks import BlockPool, block_keys
 from engine.sequence import Sequence
 
@@ -64,6 +65,12 @@ class Allocator:
         sequence.blocks = []
         sequence.published = 0
         sequence.computed = 0
+
+    def prompt_keys(self, request: Request) -> list[bytes]:
+        """What the prefix cache knows the request's full blocks by; nothing without caching."""
+        if not self._caching:
+            return []
+        return block_keys(request.tokens, self._pool.block_size, self._root(request.salt))
 
     def _keys(self, sequence: Sequence, count: int) -> list[bytes]:
         """Keys of at least its first `count` full blocks; the chain grows with the tokens."""

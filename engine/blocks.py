@@ -90,6 +90,10 @@ class BlockPool:
         """Whether the network may write it: still promised, and to nobody else since."""
         return block.number in self._promised and self.current(block)
 
+    def held_alone(self, blocks: Iterable[Block]) -> int:
+        """How many of these owned blocks would become available if one holder let all go."""
+        return sum(self._holders[block.number] == 1 for block in blocks)
+
     def take(self, count: int) -> list[Block]:
         """`count` blocks, owned by the caller; all or none.
 

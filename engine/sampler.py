@@ -94,8 +94,9 @@ def penalise(
         )
     answer = tokens[prompt_tokens:]
     if answer and (sampling.presence_penalty or sampling.frequency_penalty):
-        said, counts = torch.tensor(answer).unique(return_counts=True)
-        logits[said] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        said, counts = np.unique(answer, return_counts=True)
+        penalties = sampling.presence_penalty + sampling.frequency_penalty * counts
+        logits[torch.from_numpy(said)] -= torch.from_numpy(penalties).to(logits.dtype)
 
 
 def _draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:

@@ -134,9 +134,11 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
         if type(file) is not str or Path(file).name != file or not file.endswith(".safetensors"):
             raise BadModel(f"{index.name}: tensor {name!r} lies in {file!r:.80}, no file name")
     tensors: dict[str, TensorInfo] = {}
-    for file in sorted(set(placed.values())):
+    files = sorted(set(placed.values()))
+    for file in files:
         if not (index.parent / file).is_file():
             raise BadModel(f"{index.name}: file {file!r} is missing")
+    for file in files:
         for name, info in read_header(index.parent / file).items():
             if name in tensors:
                 raise BadModel(f"{file}: tensor {name!r} is also in {tensors[name].file.name}")
@@ -151,7 +153,22 @@ def _read_shards(index: Path) -> dict[str, TensorInfo]:
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Read and check one file's header against itself and the file's size. Raises BadModel."""
-    size = file.stat().st_size
+    try:
+        size = file.stat().st_size
+        raw = _read_header_bytes(file, size)
+    except OSError as error:
+        raise BadModel(f"{file.name}: cannot be read: {error.strerror}") from error
+    entries = _parse_header(file, raw)
+    tensors = {
+        name: _tensor_info(file, name, entry)
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }
+    _check_layout(file, tensors, data_bytes=size - 8 - len(raw))
+    return tensors
+
+
+def _read_header_bytes(file: Path, size: int) -> bytes:
     if size < 8:
         raise BadModel(f"{file.name}: {size} bytes are too few for a safetensors file")
     with file.open("rb") as opened:
@@ -160,15 +177,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise BadModel(f"{file.name}: header of {length} bytes is over {MAX_HEADER_BYTES}")
         if length > size - 8:
             raise BadModel(f"{file.name}: header of {length} bytes in a file of {size}: truncated")
-        raw = opened.read(length)
-    entries = _parse_header(file, raw)
-    tensors = {
-        name: _tensor_info(file, name, entry)
-        for name, entry in entries.items()
-        if name != "__metadata__"
-    }
-    _check_layout(file, tensors, data_bytes=size - 8 - length)
-    return tensors
+        return opened.read(length)
 
 
 def _parse_header(file: Path, raw: bytes) -> dict[str, Any]:

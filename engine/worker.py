@@ -55,7 +55,8 @@ class Parts:
 class Room(Protocol):
     """A role's own part of a worker."""
 
-    stage: loop.Stage
+    @property
+    def stage(self) -> loop.Stage: ...
 
     async def open(self) -> str:
         """Bind or prepare the data plane; returns its address, if it takes KV."""
@@ -167,7 +168,8 @@ async def _join(service: WorkerService, address: str) -> None:
 
 def _parts(config: WorkerConfig, directory: Path, model: LoadedModel) -> Parts:
     shape = model.config
-    layout = KVLayout(_groups(shape), model.dtype)
+    dtype = str(next(model.model.parameters()).dtype).removeprefix("torch.")
+    layout = KVLayout(_groups(shape), dtype)
     blocks = config.num_blocks or _blocks_in(config, layout)
     name = config.name or f"{config.role}-{os.getpid()}"
     fingerprint = Fingerprint(config_digest(directory), model.weights_digest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -117,8 +117,10 @@ class Pools:
         return member
 
     def _check(self, hello: Hello) -> None:
-        mine = [("protocol", PROTOCOL, hello.protocol)]
-        mine.append(("model configuration", self._config_digest, hello.fingerprint.config))
+        mine: list[tuple[str, object, object]] = [
+            ("protocol", PROTOCOL, hello.protocol),
+            ("model configuration", self._config_digest, hello.fingerprint.config),
+        ]
         for other in self._members.values():
             if other.peer.name != hello.peer.name:
                 mine.append(("weights", other.hello.fingerprint.weights, hello.fingerprint.weights))
@@ -232,7 +234,7 @@ class Pools:
 
 async def serve_membership(
     pools: Pools, messages: AsyncIterator[Hello | Load], name: str
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """The Registry's Join for one worker. Raises HandshakeRefused."""
     hello = await anext(messages)
     if not isinstance(hello, Hello):

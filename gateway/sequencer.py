@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
@@ -163,7 +163,7 @@ class Sequencer:
         self.waiting = 0
         self.running = 0
 
-    async def answer(self, request: Request, watch: Watch) -> AsyncIterator[Token]:
+    async def answer(self, request: Request, watch: Watch) -> AsyncGenerator[Token, None]:
         """Tokens in order, the last with a finish. Closing it early cancels on all workers at once.
 
         Raises Overloaded, NoWorkers, WorkerLost, TransferFailed, EngineFailed, BadRequest.

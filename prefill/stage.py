@@ -8,43 +8,54 @@ A sequence with a landing keeps its blocks until the sender says that nothing re
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from cluster import metrics
 from cluster.clock import Clock
+from cluster.errors import BatonError, Cancelled
 from cluster.messages import Cancel, Event, Failed, Landing, Load, Prefill, Token
 from cluster.orders import Drain, Ordered, SessionClosed, Tick
 from engine.allocator import Allocator
 from engine.batch import Batch, Plan
-from engine.blocks import Block, BlockPool
+from engine.blocks import BlockPool
 from engine.cache import KVCache, group_spans
 from engine.models.decoder import Attend
 from engine.sampler import Sampled
 from engine.sequence import Sequence
-from kvtransfer.sender import Released
+from kvtransfer.sender import Announcement, Handoff
 from prefill import scheduler
 from prefill.attention import PrefillAttention
 from prefill.queue import PromptQueue
 
 
+@dataclass(frozen=True, slots=True)
+class HandoffEnded:
+    """The sender lets go of a sequence's blocks. An error of None means the landing is sealed."""
+
+    request_id: str
+    attempt: int
+    error: BatonError | None
+    sent_bytes: int
+
+
 class Pushes(Protocol):
-    """The sender, as the step thread sees it: calls return at once and never fail."""
+    """The sender, as the step thread sees it: calls return at once and never fail.
 
-    def open(
-        self, request_id: str, attempt: int, landing: Landing, blocks: list[Block], stop: int
-    ) -> None:
-        """Tokens landing.cached_tokens .. stop - 1, in these blocks, are to go to the landing."""
+    Every opened handoff is followed by one HandoffEnded, however it goes.
+    """
 
-    def announce(self, request_id: str, attempt: int, layers: range, tokens: range) -> None:
-        """This KV is final. Tokens that the landing has already are left out."""
+    def open(self, handoff: Handoff) -> None: ...
 
-    def finish(self, request_id: str, attempt: int) -> None:
-        """All is announced."""
+    def announce(self, request_id: str, attempt: int, announcement: Announcement) -> None: ...
 
-    def cancel(self, request_id: str, attempt: int) -> None:
-        """Stop sending. `Released` follows all the same."""
+    def finish(self, request_id: str, attempt: int) -> None: ...
+
+    def cancel(self, request_id: str, attempt: int) -> None: ...
 
 
 class PrefillStage:
@@ -71,11 +82,14 @@ class PrefillStage:
         self._chunk_bytes = chunk_bytes
         self._clock = clock
         self._queue = PromptQueue(allocator)
-        self._live: dict[tuple[str, int], Sequence] = {}  # every sequence that holds or wants blocks
+        self._live: dict[
+            tuple[str, int], Sequence
+        ] = {}  # every sequence that holds or wants blocks
         self._landings: dict[tuple[str, int], Landing] = {}  # of those with a hold for the sender
         self._mail: list[tuple[int, Event]] = []
         self._draining = False
-        self.failed_transfers = 0
+        self._failures: Counter[str] = Counter()  # handoffs, by what ended them
+        self._sent_bytes = 0
 
     def apply(self, order: Any) -> None:
         match order:
@@ -86,15 +100,14 @@ class PrefillStage:
                 self._drop(lambda s: s.request.id == request_id and s.attempt <= attempt)
             case SessionClosed(session):
                 self._drop(lambda s: s.session == session)
-            case Released():
-                self._released(order)
+            case HandoffEnded():
+                self._end(order)
             case Drain():
                 self._draining = True
             case Tick():
                 pass  # every hold here ends with the sender, which has a timer of its own
             case Ordered(session, other):
-                request_id = getattr(other, "request_id", "") or other.request.id
-                self._tell_failed(session, request_id, other.attempt, "wrong_role")
+                self._tell_failed(session, other.request_id, other.attempt, "wrong_role")
 
     def _take(self, sequence: Sequence, landing: Landing | None) -> None:
         request_id, attempt = sequence.key
@@ -117,9 +130,8 @@ class PrefillStage:
         for sequence in self._queue.admit(self._clock(), spare=0, seats=len(self._queue.waiting)):
             landing = self._landings.get(sequence.key)
             if landing is not None:
-                end = len(sequence.tokens)
-                self._pushes.open(*sequence.key, landing, sequence.blocks, end)
-                if sequence.computed:
+                self._pushes.open(Handoff(*sequence.key, landing, len(sequence.tokens)))
+                if sequence.computed:  # found in the prefix cache
                     self._announce(sequence, range(len(self._windows)), 0, sequence.computed)
         return Plan(scheduler.chunks(self._queue.prefilling, self._budget))
 
@@ -155,7 +167,7 @@ class PrefillStage:
                 self._finish(sequence, next(tokens))
 
     def _finish(self, sequence: Sequence, sampled: Sampled) -> None:
-        """The prompt is read: tell the first token; blocks go when the sender has done with them."""
+        """The prompt is read: tell the first token. The sender may still need the blocks."""
         index = sequence.next_index
         sequence.tokens.append(sampled.token)
         finish, stop_token = sequence.finish_after(sampled.token)
@@ -210,9 +222,11 @@ class PrefillStage:
             promised_blocks=counts.promised,
             owned_blocks=counts.owned,
             counters=(
-                ("prefix_cache_queries", self._allocator.queries),
-                ("prefix_cache_hits", self._allocator.hits),
-                ("kv_transfer_failures", self.failed_transfers),
+                (metrics.KV_TRANSFER_BYTES, self._sent_bytes),
+                *(
+                    (metrics.labelled(metrics.KV_TRANSFER_FAILURES, reason=code), number)
+                    for code, number in self._failures.items()
+                ),
             ),
         )
 
@@ -228,13 +242,11 @@ class PrefillStage:
         else:
             self._forget(sequence)
 
-    def _released(self, released: Released) -> None:
-        """The sender has let go of the blocks, having sent them or not."""
-        sequence = self._live.get((released.request_id, released.attempt))
-        if sequence is None:
-            return
-        if released.error is not None:
-            self.failed_transfers += 1
+    def _end(self, ended: HandoffEnded) -> None:
+        self._sent_bytes += ended.sent_bytes
+        sequence = self._live[ended.request_id, ended.attempt]
+        if ended.error is not None and not isinstance(ended.error, Cancelled):
+            self._failures[ended.error.code] += 1
             self._tell_failed(sequence.session, *sequence.key, "transfer_failed")
         self._queue.remove(sequence)
         self._forget(sequence)
@@ -245,15 +257,9 @@ class PrefillStage:
         del self._live[sequence.key]
 
     def _announce(self, sequence: Sequence, layers: range, start: int, stop: int) -> None:
-        """Tell the sender what is final, in parts of about `chunk_bytes`."""
-        for span in group_spans(self._cache.layout):
-            part = range(max(span.start, layers.start), min(span.stop, layers.stop))
-            if not part:
-                continue
-            step = max(1, self._chunk_bytes // self._cache.token_bytes(part))
-            for first in range(start, stop, step):
-                tokens = range(first, min(stop, first + step))
-                self._pushes.announce(*sequence.key, part, tokens)
+        """This KV is final, and stays in these slots until the handoff has ended."""
+        slots = self._cache.slots_of(sequence.blocks, start, stop)
+        self._pushes.announce(*sequence.key, Announcement(layers, range(start, stop), slots))
 
     def _layer_parts(self, tokens: int) -> list[range]:
         """The layers, cut so that this step's KV of one part is about `chunk_bytes`."""

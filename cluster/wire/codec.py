@@ -6,7 +6,9 @@ service stubs are needed. Decoding raises ValueError on bytes that are not the m
 
 from __future__ import annotations
 
-from google.protobuf.message import DecodeError
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
 
 from cluster.messages import (
     Cancel,
@@ -31,6 +33,8 @@ from cluster.messages import (
     Token,
 )
 from cluster.wire import control_pb2 as pb
+
+M = TypeVar("M", bound=Message)
 
 SESSION = "/baton.cluster.v1.Worker/Session"
 JOIN = "/baton.cluster.v1.Registry/Join"
@@ -100,8 +104,8 @@ def decode_order(data: bytes) -> Order:
             landing = _from_landing(body.landing) if body.HasField("landing") else None
             return Prefill(_from_request(body.request), landing, body.attempt)
         case "start":
-            body = message.start
-            return Start(body.request_id, body.first_token, body.attempt)
+            start = message.start
+            return Start(start.request_id, start.first_token, start.attempt)
         case "generate":
             return Generate(_from_request(message.generate.request), message.generate.attempt)
         case "cancel":
@@ -117,7 +121,7 @@ def decode_report(data: bytes) -> Report:
     return Report(tuple(_from_event(event) for event in _parse(pb.Report(), data).events))
 
 
-def _parse(message, data):  # type: ignore[no-untyped-def]
+def _parse(message: M, data: bytes) -> M:
     try:
         message.ParseFromString(data)
     except DecodeError as error:

@@ -1,0 +1,321 @@
+"""DecodeStage: promises landings, takes KV in, and gives every running sequence one token a step.
+
+    promised -> sealed -> running -> done          from a prefill worker
+                waiting -> prefilling -> running   computed here: Generate, or evicted before
+
+The role `both` is this stage with nothing but the lower way: prompt chunks ride in the same step as
+the running sequences' tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster import metrics
+from cluster.clock import Clock
+from cluster.errors import BatonError, BlocksExhausted
+from cluster.messages import (
+    Cancel,
+    Event,
+    Failed,
+    Generate,
+    Load,
+    Promise,
+    Promised,
+    Request,
+    Start,
+    Token,
+)
+from cluster.orders import Drain, Ordered, SessionClosed, Tick
+from decode import scheduler
+from decode.attention import DecodeAttention
+from engine.allocator import Allocator
+from engine.batch import Batch, Plan
+from engine.blocks import BlockPool
+from engine.cache import KVCache
+from engine.models.decoder import Attend
+from engine.sampler import Sampled
+from engine.sequence import Sequence
+from kvtransfer.landing import Landings, Site
+from kvtransfer.receiver import Arrived
+from prefill.queue import PromptQueue
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A Start that came before its landing was sealed."""
+
+    start: Start
+    session: int
+    at: float
+
+
+class DecodeStage:
+    """Owned by the step thread. Of a `both` worker nobody asks for a landing."""
+
+    def __init__(
+        self,
+        cache: KVCache,
+        pool: BlockPool,
+        allocator: Allocator,
+        windows: tuple[int, ...],
+        landings: Landings,
+        *,
+        budget: int,
+        max_sequences: int,
+        clock: Clock,
+    ) -> None:
+        self._cache = cache
+        self._pool = pool
+        self._allocator = allocator
+        self._windows = windows
+        self._landings = landings
+        self._budget = budget
+        self._max_sequences = max_sequences
+        self._clock = clock
+        self._queue = PromptQueue(allocator)
+        self._running: list[Sequence] = []  # oldest first
+        self._promised: dict[str, int] = {}  # landings' request ids, with their sessions
+        self._started: dict[str, _Started] = {}
+        self._mail: list[tuple[int, Event]] = []
+        self._draining = False
+        self._preemptions = 0
+
+    def apply(self, order: Any) -> None:
+        match order:
+            case Arrived():
+                sealed = self._landings.receive(order, self._clock())
+                if sealed is not None and sealed[0] in self._started:
+                    self._join(self._started.pop(sealed[0]))
+            case Ordered(session, Promise(request, attempt)):
+                self._promise(session, request, attempt)
+            case Ordered(session, Start() as start):
+                self._join(_Started(start, session, self._clock()))
+            case Ordered(session, Generate(request, attempt)):
+                self._generate(Sequence(request, attempt, session, self._clock()))
+            case Ordered(_, Cancel(request_id, attempt)):
+                self._cancel(request_id, attempt)
+            case SessionClosed(session):
+                self._close(session)
+            case Tick():
+                for site in self._landings.sweep(self._clock()):
+                    self._lose(site.request.id, site.attempt, "lease_expired")
+            case Drain():
+                self._draining = True
+            case Ordered(session, other):
+                self._tell_failed(session, other.request_id, other.attempt, "wrong_role")
+
+    def _promise(self, session: int, request: Request, attempt: int) -> None:
+        code = self._refusal(request)
+        needed = -(-len(request.tokens) // self._pool.block_size)
+        if not code and needed > self._pool.available - self._spare:
+            code = "full"
+        try:
+            if not code:
+                keys = self._allocator.prompt_keys(request)
+                landing = self._landings.promise(request, attempt, self._clock(), keys)
+        except BlocksExhausted:
+            code = "full"
+        except BatonError as error:
+            code = error.code
+        if code:
+            self._tell_failed(session, request.id, attempt, code)
+        else:
+            self._promised[request.id] = session
+            self._mail.append((session, Promised(request.id, attempt, landing)))
+
+    def _generate(self, sequence: Sequence) -> None:
+        known = [*self._running, *self._queue]
+        if any(
+            s.request.id == sequence.request.id and s.attempt >= sequence.attempt for s in known
+        ):
+            return  # said twice, or fenced
+        code = self._refusal(sequence.request, seats=False)
+        if code:
+            self._tell_failed(sequence.session, *sequence.key, code)
+        else:
+            self._queue.waiting.append(sequence)
+
+    def _refusal(self, request: Request, seats: bool = True) -> str:
+        """Why it is not taken, or nothing."""
+        if self._draining:
+            return "draining"
+        longest = request.prompt_tokens + request.sampling.max_tokens
+        if longest > self._pool.total * self._pool.block_size:
+            return "too_large"
+        if seats and len(self._running) + len(self._landings) >= self._max_sequences:
+            return "full"
+        return ""
+
+    @property
+    def _spare(self) -> int:
+        """The watermark: a block for each running sequence to grow into, so that a newcomer does
+        not at once evict somebody."""
+        return len(self._running)
+
+    def _join(self, started: _Started) -> None:
+        """Into the running batch if the landing is sealed; otherwise once it is."""
+        start = started.start
+        try:
+            site = self._landings.start(start.request_id, start.attempt)
+        except BatonError:
+            self._tell_failed(started.session, start.request_id, start.attempt, "lease_expired")
+            return
+        if site is None:
+            self._started[start.request_id] = started
+            return
+        self._promised.pop(start.request_id)
+        insort(self._running, self._sequence(site, started), key=lambda s: s.arrived)
+
+    def _sequence(self, site: Site, started: _Started) -> Sequence:
+        now = self._clock()
+        prompt = len(site.request.tokens)
+        sequence = Sequence(site.request, site.attempt, started.session, now)
+        sequence.tokens.append(started.start.first_token)
+        sequence.blocks = site.blocks
+        sequence.keys = list(site.keys)
+        sequence.computed = prompt
+        sequence.published = prompt // self._pool.block_size
+        sequence.spans["transfer_tail"] = now - started.at
+        return sequence
+
+    def plan(self) -> Plan:
+        now = self._clock()
+        taken = len(self._running) + len(self._queue.prefilling) + len(self._landings)
+        self._queue.admit(now, self._spare, self._max_sequences - taken)
+        plan = scheduler.plan(
+            self._running,
+            self._queue.prefilling,
+            self._pool.available,
+            self._pool.block_size,
+            self._budget,
+            lambda sequence: self._pool.held_alone(sequence.blocks),
+        )
+        for chunk in plan.chunks:
+            if chunk.sequence.scheduled is None:
+                chunk.sequence.scheduled = now
+                chunk.sequence.spans["decode_admit"] = now - chunk.sequence.arrived
+        return plan
+
+    def make_room(self, plan: Plan) -> None:
+        for sequence in plan.evicted:
+            self._preemptions += 1
+            self._remove(sequence)
+            self._allocator.free(sequence)
+            self._queue.waiting.appendleft(sequence)
+        for chunk in plan.chunks:
+            self._allocator.grow(chunk.sequence, chunk.sequence.computed + chunk.count)
+
+    def batch(self, plan: Plan) -> tuple[Batch, Attend]:
+        batch = Batch.of(plan, self._cache)
+        return batch, DecodeAttention(self._cache, batch, self._windows)
+
+    def accept(self, plan: Plan, sampled: list[Sampled]) -> None:
+        tokens = iter(sampled)
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            samples = chunk.samples
+            sequence.computed += chunk.count
+            self._allocator.publish(sequence)
+            if samples:
+                self._append(sequence, next(tokens))
+
+    def _append(self, sequence: Sequence, sampled: Sampled) -> None:
+        """Tell the token. Who came through the queue runs from here on; who is finished leaves."""
+        index = sequence.next_index
+        sequence.tokens.append(sampled.token)
+        finish, stop_token = sequence.finish_after(sampled.token)
+        assert sequence.scheduled is not None
+        elapsed = self._clock() - sequence.scheduled
+        if "decode_admit" in sequence.spans:
+            sequence.spans["first_step"] = elapsed
+        elif "prefill_queue" in sequence.spans:
+            sequence.spans["prefill"] = elapsed
+        self._mail.append(
+            (
+                sequence.session,
+                Token(
+                    request_id=sequence.request.id,
+                    attempt=sequence.attempt,
+                    index=index,
+                    token=sampled.token,
+                    finish=finish,
+                    stop_token=stop_token,
+                    logprobs=sampled.logprobs,
+                    spans=tuple(sequence.spans.items()),
+                    cached_tokens=sequence.cached_tokens,
+                ),
+            )
+        )
+        sequence.spans.clear()
+        if finish:
+            self._remove(sequence)
+            self._allocator.free(sequence)
+        elif sequence in self._queue.prefilling:
+            self._queue.remove(sequence)
+            insort(self._running, sequence, key=lambda s: s.arrived)
+
+    def fail(self, plan: Plan, error: Exception) -> None:
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            self._tell_failed(sequence.session, *sequence.key, "engine_error")
+            self._remove(sequence)
+            self._allocator.free(sequence)
+
+    def mail(self) -> list[Any]:
+        mail, self._mail = self._mail, []
+        return mail
+
+    def load(self, progress: int) -> Load:
+        counts = self._pool.counts()
+        landings = self._landings.counters
+        return Load(
+            progress=progress,
+            running=len(self._running) + len(self._queue.prefilling),
+            waiting=len(self._queue.waiting),
+            queued_tokens=self._queue.queued_tokens,
+            free_blocks=counts.free,
+            cached_blocks=counts.cached,
+            promised_blocks=counts.promised,
+            owned_blocks=counts.owned,
+            counters=(
+                (metrics.PREEMPTIONS, self._preemptions),
+                (metrics.KV_TRANSFER_BYTES, landings["bytes"]),
+                (metrics.KV_LEASE_EXPIRED, landings["expired"]),
+            ),
+        )
+
+    def _cancel(self, request_id: str, attempt: int) -> None:
+        if self._landings.cancel(request_id, attempt):
+            self._promised.pop(request_id, None)
+            self._started.pop(request_id, None)
+        self._drop(lambda s: s.request.id == request_id and s.attempt <= attempt)
+
+    def _close(self, session: int) -> None:
+        for request_id in [r for r, owner in self._promised.items() if owner == session]:
+            self._landings.cancel(request_id, attempt=2**32)
+            del self._promised[request_id]
+            self._started.pop(request_id, None)
+        self._drop(lambda s: s.session == session)
+
+    def _lose(self, request_id: str, attempt: int, code: str) -> None:
+        session = self._promised.pop(request_id)
+        self._started.pop(request_id, None)
+        self._tell_failed(session, request_id, attempt, code)
+
+    def _drop(self, unwanted: Callable[[Sequence], bool]) -> None:
+        for sequence in [s for s in (*self._running, *self._queue) if unwanted(s)]:
+            self._remove(sequence)
+            self._allocator.free(sequence)
+
+    def _remove(self, sequence: Sequence) -> None:
+        if sequence in self._running:
+            self._running.remove(sequence)
+        else:
+            self._queue.remove(sequence)
+
+    def _tell_failed(self, session: int, request_id: str, attempt: int, code: str) -> None:
+        self._mail.append((session, Failed(request_id, attempt, code)))

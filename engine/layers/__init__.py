@@ -1,0 +1,1 @@
+"""Parts of the decoder, each in plain torch."""

@@ -1,0 +1,1 @@
+"""The decoder and how a checkpoint becomes one."""

@@ -1,0 +1,139 @@
+"""The HTTP door: what holds for every request whatever its route, and how errors look."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.errors import BadRequest, BatonError, MethodNotAllowed, NotFound, Unauthorized
+from cluster.ids import new_id
+from gateway.gateway import Gateway
+from gateway.routes import Routes
+
+log = logging.getLogger(__name__)
+
+_HOST = re.compile(rb"[A-Za-z0-9.:\[\]-]+")
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_UNREAD_BODY = frozenset({408, 413, 415})
+"""Refused before the body was read: the connection is in the middle of it and cannot be reused."""
+
+
+def create_app(gateway: Gateway) -> FastAPI:
+    """The ASGI application over one Gateway. Starts and stops nothing of it."""
+    app = FastAPI(
+        title="Baton",
+        version=gateway.version,
+        openapi_url=None,  # served by a guarded route of ours
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    Routes(gateway).add_to(app)
+
+    async def failed(request: Request, error: Exception) -> Response:
+        return error_response(gateway.account_for(error, request.state.request_id))
+
+    async def unrouted(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 405:
+            response = await failed(request, MethodNotAllowed("This path has another method."))
+            response.headers["allow"] = (error.headers or {}).get("Allow", "")
+            return response
+        return await failed(request, NotFound("There is nothing at this path."))
+
+    app.add_exception_handler(BatonError, failed)
+    app.add_exception_handler(HTTPException, unrouted)
+    app.add_middleware(FrontDoor, gateway=gateway)
+    return app
+
+
+def error_response(error: BatonError) -> Response:
+    """The one place where an error becomes an HTTP answer."""
+    headers = {}
+    if error.retry:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after or 1)))
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    if error.http in _UNREAD_BODY:
+        headers["connection"] = "close"
+    return JSONResponse(error.body(), error.http, headers)
+
+
+class FrontDoor:
+    """Host check, request id, one log line and one count per request, and the last catch."""
+
+    def __init__(self, app: ASGIApp, gateway: Gateway) -> None:
+        self._app = app
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        arrived = self._gateway.clock()
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def labelled(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", request_id.encode("ascii")),
+                ]
+            await send(message)
+
+        try:
+            if _host_is_sane(scope):
+                await self._app(scope, receive, labelled)
+            else:
+                error = BadRequest("The Host header is missing or malformed.", code="invalid_host")
+                await error_response(self._gateway.account_for(error, request_id))(
+                    scope, receive, labelled
+                )
+        except Exception as error:
+            known = self._gateway.account_for(error, request_id)
+            if status:
+                raise  # half an answer is out: only a cut connection says so
+            await error_response(known)(scope, receive, labelled)
+        finally:
+            self._tell(scope, status, self._gateway.clock() - arrived)
+
+    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+        handler = getattr(scope.get("route"), "path", "none")
+        self._gateway.metrics.http(handler, scope["method"], status, seconds)
+        log.info(
+            "http request",
+            extra={
+                "request_id": scope["state"]["request_id"],
+                "method": scope["method"],
+                "handler": handler,
+                "status": status,
+                "seconds": round(seconds, 6),
+            },
+        )
+
+
+def _host_is_sane(scope: Scope) -> bool:
+    """One Host of harmless characters; HTTP/1.0 may leave it out."""
+    hosts = [value for name, value in scope["headers"] if name == b"host"]
+    if not hosts:
+        return bool(scope["http_version"] == "1.0")
+    return len(hosts) == 1 and _HOST.fullmatch(hosts[0]) is not None
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's label if it is one plain word, else ours. Only logs and headers show it."""
+    labels: list[bytes] = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    if len(labels) == 1 and _REQUEST_ID.fullmatch(labels[0]):
+        return labels[0].decode("ascii")
+    return new_id()

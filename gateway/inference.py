@@ -1,0 +1,270 @@
+"""The gRPC door: baton.v1.Inference, health and reflection (proto/cluster/wire/inference.proto).
+
+A message becomes the dict that the same call would have been over HTTP, so one validator holds for
+both. Messages are parsed here and not by gRPC, which would report a malformed one as INTERNAL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster.errors import BadRequest, Cancelled, DeadlineExceeded
+from cluster.ids import new_id
+from cluster.wire import inference_pb2 as wire
+from gateway import validate
+from gateway.ask import Ask
+from gateway.gateway import Gateway, Pools
+from gateway.stream import Answer, Delta, Emit
+
+log = logging.getLogger(__name__)
+
+SERVICE: Final = "baton.v1.Inference"
+HEALTH: Final = "grpc.health.v1.Health"
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_WATCH_S = 60.0
+
+
+def add_to_server(server: grpc.aio.Server, gateway: Gateway) -> None:
+    """Before the server starts. Message size and stream limits are the server's options."""
+    service = InferenceService(gateway)
+    methods = {
+        "Generate": grpc.unary_unary_rpc_method_handler(service.generate),
+        "GenerateStream": grpc.unary_stream_rpc_method_handler(service.generate_stream),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+    health_pb2_grpc.add_HealthServicer_to_server(Health(gateway.pools), server)
+    reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
+
+
+class InferenceService:
+    """Both methods take and give bytes; a failure ends the call with a status."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def generate(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        deltas: list[Delta] = []
+
+        async def collect(arrived: list[Delta]) -> None:
+            deltas.extend(arrived)
+
+        response = wire.GenerateResponse()
+
+        async def work() -> None:
+            ask, answer = await self._run(data, context, lambda _: collect)
+            self._head(response)
+            by_choice: dict[int, list[Delta]] = {}
+            for delta in deltas:
+                by_choice.setdefault(delta.choice, []).append(delta)
+            for index in sorted(by_choice):
+                self._add_choice(response, ask, by_choice[index])
+            _add_end(response, ask, answer)
+
+        await self._served(context, work)
+        return response.SerializeToString()
+
+    async def generate_stream(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+        head = wire.GenerateResponse()
+        self._head(head)
+
+        def writer(ask: Ask) -> Emit:
+            async def write(arrived: list[Delta]) -> None:
+                message = wire.GenerateResponse()
+                message.CopyFrom(head)
+                for delta in arrived:
+                    if delta.text or delta.finish:
+                        self._add_choice(message, ask, [delta])
+                if message.choices:
+                    await context.write(message.SerializeToString())
+
+            return write
+
+        async def work() -> None:
+            ask, answer = await self._run(data, context, writer)
+            _add_end(head, ask, answer)
+            await context.write(head.SerializeToString())
+
+        await self._served(context, work)
+
+    async def _run(
+        self, data: bytes, context: grpc.aio.ServicerContext, emit: Callable[[Ask], Emit]
+    ) -> tuple[Ask, Answer]:
+        gateway = self._gateway
+        arrived = gateway.clock()
+        remaining = context.time_remaining()
+        timeout = gateway.request_timeout_s
+        if remaining is not None:
+            timeout = min(timeout, remaining)
+        if timeout <= 0:
+            raise DeadlineExceeded("The deadline had passed before the work began.")
+        metadata = list(context.invocation_metadata() or ())
+        keys = [_bytes(value) for name, value in metadata if name == "authorization"]
+        tenant = gateway.keys.tenant(keys)
+        kind, fields = to_fields(data, allow_unknown=gateway.limits.allow_unknown_fields)
+        validator = validate.chat if kind == "chat" else validate.completion
+        ask = validator(fields, gateway.limits, gateway.defaults)
+        answer = await Answer.prepare(gateway, ask, tenant, arrived)
+        await answer.run(emit(ask), timeout)
+        return ask, answer
+
+    async def _served(
+        self, context: grpc.aio.ServicerContext, work: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Do the work of one call; the one place where an error becomes a gRPC status."""
+        gateway = self._gateway
+        request_id = _request_id(context)
+        context.set_trailing_metadata((("x-request-id", request_id),))
+        gateway.active += 1
+        code = "ok"
+        try:
+            await work()
+        except asyncio.CancelledError:
+            code = Cancelled.code
+            gateway.metrics.cancelled()
+            raise
+        except Exception as error:
+            known = gateway.account_for(error, request_id)
+            code = known.code
+            trailing = [("x-request-id", request_id), ("baton-code", known.code)]
+            if known.param:
+                trailing.append(("baton-param", known.param))
+            await context.abort(grpc.StatusCode[known.grpc], known.message, tuple(trailing))
+        finally:
+            gateway.active -= 1
+            log.info("grpc request", extra={"request_id": request_id, "code": code})
+
+    def _head(self, response: wire.GenerateResponse) -> None:
+        response.id = f"gen-{new_id()}"
+        response.created = int(self._gateway.wall_clock())
+        response.model = self._gateway.limits.model_names[0]
+
+    def _add_choice(
+        self, response: wire.GenerateResponse, ask: Ask, deltas: Sequence[Delta]
+    ) -> None:
+        last = deltas[-1]
+        choice = response.choices.add(
+            index=last.choice,
+            text="".join(delta.text for delta in deltas),
+            finish_reason=last.finish,
+        )
+        if ask.return_token_ids:
+            for delta in deltas:
+                choice.token_ids.extend(delta.tokens)
+        for delta in deltas:
+            for chosen, *others in delta.logprobs:
+                entry = choice.logprobs.add()
+                self._name(entry, *chosen)
+                for other in others:
+                    self._name(entry.top_logprobs.add(), *other)
+        if isinstance(last.stop_reason, str):
+            choice.stop_string = last.stop_reason
+        elif last.stop_reason is not None:
+            choice.stop_token_id = last.stop_reason
+
+    def _name(self, entry: wire.TokenLogprob, token: int, logprob: float) -> None:
+        entry.token_id = token
+        entry.token = self._gateway.tokenizer.token_text(token)
+        entry.bytes = self._gateway.tokenizer.token_bytes(token)
+        entry.logprob = logprob
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it comes without types
+    """SERVING while the pools can take work; asked of the pools each time, so never stale."""
+
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
+        status = self._status(request.service)
+        if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "There is no such service.")
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        told = None
+        while True:
+            status = self._status(request.service)
+            if status != told:
+                told = status
+                await context.write(health_pb2.HealthCheckResponse(status=status))
+            try:
+                await self._pools.changed(_WATCH_S)
+            except TimeoutError:
+                continue
+
+    def _status(self, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
+        if service not in ("", SERVICE):
+            return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        if self._pools.ready():
+            return health_pb2.HealthCheckResponse.SERVING
+        return health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def to_fields(data: bytes, *, allow_unknown: bool = False) -> tuple[str, dict[str, Any]]:
+    """The kind of call and the JSON body that says the same. Raises BadRequest."""
+    message = wire.GenerateRequest()
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        raise BadRequest("The message is no GenerateRequest.", code="invalid_message") from None
+    parts: Iterable[Message] = (message, message.prompt_token_ids, *message.messages.messages)
+    if not allow_unknown and any(len(UnknownFieldSet(part)) for part in parts):
+        raise BadRequest("The message has a field unknown here.", code="unknown_parameter")
+    kind = "chat" if message.WhichOneof("input") == "messages" else "completion"
+    fields: dict[str, Any] = {}
+    for descriptor, value in message.ListFields():
+        name = descriptor.name
+        match name:
+            case "prompt_token_ids":
+                fields["prompt"] = list(value.ids)
+            case "messages":
+                fields[name] = [{"role": m.role, "content": m.content} for m in value.messages]
+            case "logit_bias":
+                fields[name] = {str(token): bias for token, bias in value.items()}
+            case "stop" | "stop_token_ids":
+                fields[name] = list(value)
+            case "logprobs" if kind == "chat":
+                fields |= {"logprobs": True, "top_logprobs": value}
+            case _:
+                fields[name] = value
+    return kind, fields
+
+
+def _add_end(response: wire.GenerateResponse, ask: Ask, answer: Answer) -> None:
+    usage = answer.usage
+    response.usage.prompt_tokens = usage.prompt_tokens
+    response.usage.completion_tokens = usage.completion_tokens
+    response.usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
+    response.usage.cached_tokens = usage.cached_tokens
+    if ask.return_timeline:
+        for name, value in answer.timeline().items():
+            if isinstance(value, dict):
+                response.metrics.timeline_ms.update(value)
+            elif value is not None:
+                setattr(response.metrics, name, value)
+
+
+def _request_id(context: grpc.aio.ServicerContext) -> str:
+    labels = [v for name, v in context.invocation_metadata() or () if name == "x-request-id"]
+    if len(labels) == 1 and isinstance(labels[0], str) and _REQUEST_ID.fullmatch(labels[0]):
+        return labels[0]
+    return new_id()
+
+
+def _bytes(value: str | bytes) -> bytes:
+    return value if isinstance(value, bytes) else value.encode()

@@ -1,0 +1,308 @@
+"""Answer: all choices of one call, run side by side and merged in the order their tokens come.
+
+    prompts x n  ->  one pump each: Sequencer -> TextStream -> Delta  ->  one queue  ->  emit
+
+HTTP and gRPC only differ in what they do with a Delta. However an Answer ends, by its last token,
+an error, a stop string or a cancelled task, no sequencer generator is left open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.errors import DeadlineExceeded, EngineFailed
+from cluster.ids import new_id
+from cluster.messages import Request, Token
+from gateway import validate
+from gateway.ask import Ask
+from gateway.gateway import Gateway
+from gateway.keys import Tenant
+from gateway.sequencer import Watch
+from gateway.text import TextStream
+
+QUEUED_DELTAS = 256
+"""How far the pumps may run ahead of a slow reader; what is beyond waits in the sequencer."""
+
+PROMPT_TAIL = 16
+"""Prompt tokens that the text of the first new token may depend on, by a joined character."""
+
+Emit = Callable[[list["Delta"]], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one choice grew by: usually one token, several where earlier ones gave no text yet."""
+
+    choice: int
+    text: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # per token, if asked for
+    count: int = 0  # tokens of this choice so far
+    opens: bool = False  # the choice's first token exists now, even if it has no text yet
+    finish: str = ""
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "completion_tokens": self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class Choice:
+    """One request of the call, and how far its text and its clock are."""
+
+    def __init__(self, index: int, request: Request, text: TextStream, watch: Watch) -> None:
+        self.index = index
+        self.request = request
+        self.text = text
+        self.watch = watch
+        self.started = asyncio.Event()
+        self.count = 0
+        self.cached_tokens = 0
+        self.first_at = self.last_at = 0.0
+        self.finish = ""
+        self.stop_reason: str | int | None = None
+        # Tokens whose text is not there yet: half a character, or what may begin a stop string.
+        self._tokens: list[int] = []
+        self._logprobs: list[tuple[tuple[int, float], ...]] = []
+
+    def hold(self, token: Token) -> None:
+        assert token.index == self.count, "the sequencer let a token get lost or come twice"
+        self.count += 1
+        self._tokens.append(token.token)
+        if token.logprobs:
+            self._logprobs.append(token.logprobs)
+
+    def release(self, text: str, opens: bool) -> Delta | None:
+        """The next Delta with all that was held, or None while there is nothing to show."""
+        if not text and not self.finish:
+            return Delta(self.index, "", count=self.count, opens=True) if opens else None
+        tokens, logprobs = tuple(self._tokens), tuple(self._logprobs)
+        self._tokens.clear()
+        self._logprobs.clear()
+        return Delta(
+            self.index, text, tokens, logprobs, self.count, opens, self.finish, self.stop_reason
+        )
+
+
+class Answer:
+    """Made by `prepare`, run once by `run`; `usage` and `timeline` are complete afterwards."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        ask: Ask,
+        prompts: Sequence[tuple[int, ...]],
+        echoes: Sequence[str],
+        choices: Sequence[Choice],
+        arrived: float,
+    ) -> None:
+        self.prompts = prompts
+        self.echoes = echoes
+        self.choices = choices
+        self._gateway = gateway
+        self._ask = ask
+        self._arrived = arrived
+
+    @classmethod
+    async def prepare(cls, gateway: Gateway, ask: Ask, tenant: Tenant, arrived: float) -> Answer:
+        """Tokenise and check against the context. Raises BadRequest; no worker knows of it yet."""
+        prompts = await gateway.text.encode(ask)
+        max_tokens = validate.fit(ask, prompts, gateway.limits)
+        echoes = [await _echo(gateway, ask, number, ids) for number, ids in enumerate(prompts)]
+        ready = gateway.clock()
+        gateway.metrics.call(ask.n, max_tokens)
+
+        requests = validate.requests(
+            ask,
+            prompts,
+            max_tokens,
+            eos_ids=gateway.eos_ids,
+            new_id=new_id,
+            new_seed=lambda: secrets.randbits(63),
+            salt=tenant.salted(ask.cache_salt),
+        )
+        choices = [
+            Choice(
+                index,
+                request,
+                TextStream(
+                    gateway.tokenizer,
+                    request.tokens[-PROMPT_TAIL:],
+                    ask.stop,
+                    ask.include_stop,
+                    ask.skip_special_tokens,
+                    ask.sampling.min_tokens,
+                ),
+                Watch(arrived=ready, spans={"tokenize": ready - arrived}),
+            )
+            for index, request in enumerate(requests)
+        ]
+        return cls(gateway, ask, prompts, echoes, choices, arrived)
+
+    async def run(self, emit: Emit, timeout_s: float | None = None) -> None:
+        """Call `emit` with what became ready together, until every choice has its finish.
+
+        `emit` is awaited before more is fetched, so a slow reader slows only its own call.
+        Raises BatonError after all that came before it was emitted; DeadlineExceeded after
+        `timeout_s`, counted from the call of `run`.
+        """
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                await self._run(emit)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded("The answer took longer than the time limit.") from None
+
+    async def _run(self, emit: Emit) -> None:
+        queue: asyncio.Queue[Delta | Exception] = asyncio.Queue(QUEUED_DELTAS)
+        missing = len(self.choices)
+        failure: Exception | None = None
+        async with children() as tasks:
+            pumps = [tasks.create_task(self._pump(choice, queue)) for choice in self.choices]
+            while missing and failure is None:
+                arrived = [await queue.get()]
+                while not queue.empty():
+                    arrived.append(queue.get_nowait())
+                deltas = []
+                for item in arrived:
+                    if isinstance(item, Exception):
+                        failure = item
+                        break
+                    deltas.append(item)
+                    missing -= bool(item.finish)
+                if deltas:
+                    await emit(deltas)
+            if failure is not None:
+                for pump in pumps:
+                    pump.cancel()
+        if failure is not None:
+            raise failure
+
+    async def _pump(self, choice: Choice, queue: asyncio.Queue[Delta | Exception]) -> None:
+        """One choice from the sequencer to the queue. A failure goes the same way, in its turn."""
+        leader = self.choices[choice.index - choice.index % self._ask.n]
+        if leader is not choice:
+            # The leader's prompt is in the prefix cache by then: computed once, not n times.
+            await leader.started.wait()
+        try:
+            tokens = self._gateway.sequencer.answer(choice.request, choice.watch)
+            async with aclosing(tokens):
+                async for token in tokens:
+                    delta = await self._take(choice, token)
+                    if delta is not None:
+                        await queue.put(delta)
+                    if choice.finish:
+                        return
+            raise EngineFailed("The answer ended before it was complete.")
+        except Exception as error:  # handed to the one who runs the answer
+            await queue.put(error)
+
+    async def _take(self, choice: Choice, token: Token) -> Delta | None:
+        """Token -> text -> Delta, and the clock."""
+        choice.hold(token)
+        text = ""
+        # The token that ends an answer is not part of its text, unless that was asked for.
+        if token.finish != "stop" or self._ask.include_stop:
+            for piece in await self._gateway.text.push(choice.text, (token.token,)):
+                text += piece.text
+                if piece.stopped is not None:
+                    choice.finish, choice.stop_reason = "stop", piece.stopped
+        if token.finish and not choice.finish:
+            tail = choice.text.finish(token.finish)
+            text += tail.text
+            choice.finish, choice.stop_reason = token.finish, tail.stopped
+            if tail.stopped is not None:
+                choice.finish = "stop"
+            elif token.stop_token in self._ask.sampling.stop_token_ids:
+                choice.stop_reason = token.stop_token  # one the client named, so not the model's
+        opens = choice.count == 1
+        if opens:
+            text = self.echoes[choice.index // self._ask.n] + text
+        self._observe(choice, token)
+        return choice.release(text, opens)
+
+    def _observe(self, choice: Choice, token: Token) -> None:
+        now, metrics = self._gateway.clock(), self._gateway.metrics
+        if choice.count == 1:
+            choice.first_at = now
+            choice.cached_tokens = token.cached_tokens or choice.watch.cached_tokens
+            choice.started.set()
+            # What is left once all else is named is our own: text, and the way through the loop.
+            known = sum(choice.watch.spans.values())
+            choice.watch.spans["detokenize"] = max(0.0, now - self._arrived - known)
+            prompt_tokens = choice.request.prompt_tokens
+            metrics.first_token(now - self._arrived, prompt_tokens, choice.cached_tokens)
+        else:
+            metrics.next_token(now - choice.last_at)
+        choice.last_at = now
+        if choice.finish:
+            decoding = choice.last_at - choice.first_at
+            spans = choice.watch.spans
+            metrics.finished(choice.finish, choice.count, now - self._arrived, decoding, spans)
+
+    @property
+    def usage(self) -> Usage:
+        """What was delivered so far. A prompt counts once, however many choices it has."""
+        return Usage(
+            sum(len(prompt) for prompt in self.prompts),
+            sum(choice.count for choice in self.choices),
+            sum(choice.cached_tokens for choice in self.choices[:: self._ask.n]),
+        )
+
+    def timeline(self) -> dict[str, Any]:
+        """The first choice's way through the cluster, in milliseconds."""
+        choice = self.choices[0]
+        spans, generation = choice.watch.spans, choice.last_at - choice.first_at
+        whole = choice.last_at - self._arrived
+        waiting = sum(spans.get(phase, 0.0) for phase in ("queue", "landing", "prefill_queue"))
+        return {
+            "time_to_first_token_ms": _ms(choice.first_at - self._arrived),
+            "generation_time_ms": _ms(generation),
+            "queue_time_ms": _ms(waiting),
+            "mean_itl_ms": _ms(generation / (choice.count - 1)) if choice.count > 1 else None,
+            "tokens_per_second": round(choice.count / whole, 3) if whole > 0 else None,
+            "timeline_ms": {phase: _ms(seconds) for phase, seconds in spans.items()},
+            "prefill_worker": choice.watch.prefill_worker,
+            "decode_worker": choice.watch.decode_worker,
+        }
+
+
+@asynccontextmanager
+async def children() -> AsyncIterator[asyncio.TaskGroup]:
+    """A TaskGroup whose failure is the failure itself, not a group that holds it."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+    except BaseExceptionGroup as group:
+        first: BaseException = group
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None
+
+
+async def _echo(gateway: Gateway, ask: Ask, number: int, ids: tuple[int, ...]) -> str:
+    if not ask.echo:
+        return ""
+    prompt = ask.prompts[number]
+    return prompt if isinstance(prompt, str) else await gateway.text.decode(ids)
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1e3, 3)

@@ -1,0 +1,274 @@
+"""An answer's text as its tokens come in, and the threads that do all work on text.
+
+TextStream is one choice's state, pure and restartable. TextPool keeps tokenising, templates and
+detokenising off the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import ParamSpec, TypeVar
+
+from gateway.ask import Ask
+from gateway.tokens import Tokenizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_NOT_RUNNING = "the text pool is not running"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a token added to an answer's text; `stopped` is the stop string that ended it."""
+
+    text: str
+    stopped: str | None = None
+
+
+class StopFinder:
+    """Looks for one string in a text that comes in character by character.
+
+    Source: Knuth, Morris and Pratt 1977: constant time per character, however the string repeats.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.matched = 0  # how many characters of `stop` the text ends with now
+        self._fallback = [0] * (len(stop) + 1)
+        for end in range(1, len(stop)):
+            self._fallback[end + 1] = self._advance(self._fallback[end], stop[end])
+
+    def push(self, character: str) -> bool:
+        """Whether the text now ends with the string."""
+        self.matched = self._advance(self.matched, character)
+        return self.matched == len(self.stop)
+
+    def _advance(self, matched: int, character: str) -> int:
+        while matched == len(self.stop) or self.stop[matched] != character:
+            if matched == 0:
+                return 0
+            matched = self._fallback[matched]
+        return matched + 1
+
+
+class TextStream:
+    """One choice's text: whole characters, cut at the first stop string, no part of one shown.
+
+    The first stop string is the one that is complete first; of two that end together, the longer.
+    The pieces together are the same whatever the tokens' borders, and after `resume`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_tail: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        skip_special: bool = True,
+        min_tokens: int = 0,
+    ) -> None:
+        """`prompt_tail`: the prompt's last tokens, which the answer continues.
+
+        A special token there ends what came before, so that the answer begins a text of its own.
+        Stop strings that are complete within the first `min_tokens` tokens do not count.
+        """
+        begins = not prompt_tail or prompt_tail[-1] in tokenizer.special_ids
+        self._decoding = tokenizer.decoding(skip_special, first=False)
+        for token in prompt_tail:
+            self._decoding.push(token)  # leaves only an unfinished character behind
+        self._decoding.first = begins
+        self._finders = [StopFinder(text) for text in stop]
+        self._include_stop = include_stop
+        self._min_tokens = min_tokens
+        self._count = 0
+        self._held = ""  # the end of the text, while it may be the beginning of a stop string
+        self._stopped: str | None = None
+
+    @classmethod
+    def resume(
+        cls,
+        tokenizer: Tokenizer,
+        prompt_tail: Sequence[int],
+        stop: Sequence[str],
+        include_stop: bool,
+        skip_special: bool,
+        min_tokens: int = 0,
+        *,
+        emitted: Sequence[int],
+    ) -> TextStream:
+        """The state after these tokens; their text was delivered."""
+        stream = cls(tokenizer, prompt_tail, stop, include_stop, skip_special, min_tokens)
+        for token in emitted:
+            stream.push(token)
+        return stream
+
+    def push(self, token: int) -> Piece:
+        """What this token lets be shown. After a stop string nothing comes any more."""
+        if self._stopped is not None:
+            return Piece("", self._stopped)
+        self._count += 1
+        return self._show(self._decoding.push(token))
+
+    def finish(self, token_finish: str) -> Piece:
+        """What was held back, once the tokens have ended: `token_finish` is the last one's.
+
+        While it is empty the answer goes on, and nothing is flushed.
+        """
+        if self._stopped is not None or not token_finish:
+            return Piece("", self._stopped)
+        piece = self._show(self._decoding.finish())
+        if piece.stopped is not None:
+            return piece
+        held, self._held = self._held, ""
+        return Piece(piece.text + held)
+
+    def _show(self, new: str) -> Piece:
+        if not self._finders:
+            return Piece(new)
+        text = self._held + new
+        counts = self._count > self._min_tokens
+        for end, character in enumerate(new, start=len(self._held) + 1):
+            found = [finder.stop for finder in self._finders if finder.push(character)]
+            if found and counts:
+                self._stopped = max(found, key=len)
+                cut = end if self._include_stop else end - len(self._stopped)
+                self._held = ""
+                return Piece(text[:cut], self._stopped)
+        safe = len(text) - max(finder.matched for finder in self._finders)
+        self._held = text[safe:]
+        return Piece(text[:safe])
+
+
+@dataclass(slots=True)
+class _Push:
+    """One caller of `TextPool.push`, waiting."""
+
+    stream: TextStream
+    tokens: Sequence[int]
+    answer: asyncio.Future[list[Piece]]
+
+
+class TextPool:
+    """Threads for text, used from one event loop.
+
+    Encoding a long prompt takes long, so it has threads of its own and no stream waits for it.
+    Pushes that arrive while the other thread is busy go to it as one job: at high load the cost
+    of changing threads is shared by all streams.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        encoders: Executor | None = None,
+        decoder: Executor | None = None,
+    ) -> None:
+        """Executors that are passed in are taken over. `decoder` must run one job at a time."""
+        self._tokenizer = tokenizer
+        self._encoders = encoders
+        self._decoder = decoder
+        self._waiting: list[_Push] = []
+        self._busy = False
+
+    def start(self) -> None:
+        """To be called before anything else."""
+        self._encoders = self._encoders or ThreadPoolExecutor(2, "text-encode")
+        self._decoder = self._decoder or ThreadPoolExecutor(1, "text-decode")
+
+    def stop(self) -> None:
+        """Ends the threads after the jobs they are in. Whoever still waits is cancelled."""
+        for executor in (self._encoders, self._decoder):
+            if executor is not None:
+                executor.shutdown(wait=True, cancel_futures=True)
+        self._encoders = self._decoder = None
+        for push in self._waiting:
+            push.answer.cancel()
+        self._waiting.clear()
+
+    async def encode(self, ask: Ask) -> list[tuple[int, ...]]:
+        """Every prompt's token ids. Raises BadRequest."""
+        return await self._run(encode, self._tokenizer, ask)
+
+    async def decode(self, ids: Sequence[int]) -> str:
+        """A whole text at once."""
+        return await self._run(self._tokenizer.decode, ids)
+
+    async def push(self, stream: TextStream, tokens: Sequence[int]) -> list[Piece]:
+        """One Piece per token. A stream may have only one push under way."""
+        assert self._decoder is not None, _NOT_RUNNING
+        loop = asyncio.get_running_loop()
+        push = _Push(stream, tokens, loop.create_future())
+        self._waiting.append(push)
+        if not self._busy:
+            self._busy = True
+            loop.call_soon(self._submit, loop)  # what is ready in this turn comes along
+        return await push.answer
+
+    async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        assert self._encoders is not None, _NOT_RUNNING
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._encoders, partial(work, *args, **kwargs))
+
+    def _submit(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._decoder is None:
+            return  # stopped meanwhile
+        batch, self._waiting = self._waiting, []
+        job = self._decoder.submit(_push_all, batch)
+        job.add_done_callback(
+            lambda done: loop.call_soon_threadsafe(self._deliver, loop, batch, done)
+        )
+
+    def _deliver(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        batch: list[_Push],
+        done: Future[list[list[Piece] | Exception]],
+    ) -> None:
+        results = [] if done.cancelled() else done.result()
+        if not results:
+            for push in batch:
+                push.answer.cancel()
+        for push, result in zip(batch, results, strict=False):
+            if push.answer.done():
+                continue  # its caller was cancelled meanwhile
+            if isinstance(result, Exception):
+                push.answer.set_exception(result)
+            else:
+                push.answer.set_result(result)
+        self._busy = bool(self._waiting)
+        if self._waiting:
+            self._submit(loop)
+
+
+def encode(tokenizer: Tokenizer, ask: Ask) -> list[tuple[int, ...]]:
+    """Every prompt of a call as token ids; a chat is one prompt. Raises BadRequest."""
+    if ask.kind == "chat":
+        ids = tokenizer.chat(
+            ask.messages,
+            ask.add_generation_prompt,
+            ask.continue_final_message,
+            ask.add_special_tokens,
+        )
+        return [tuple(ids)]
+    return [
+        tuple(tokenizer.encode(prompt, ask.add_special_tokens))
+        if isinstance(prompt, str)
+        else prompt
+        for prompt in ask.prompts
+    ]
+
+
+def _push_all(batch: Sequence[_Push]) -> list[list[Piece] | Exception]:
+    """In the decoder's thread. One stream's failure is that caller's alone."""
+    results: list[list[Piece] | Exception] = []
+    for push in batch:
+        try:
+            results.append([push.stream.push(token) for token in push.tokens])
+        except Exception as error:
+            results.append(error)
+    return results

@@ -1,0 +1,1 @@
+"""The KV blocks' way from one worker to another."""
