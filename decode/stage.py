@@ -185,7 +185,7 @@ class DecodeStage:
     def plan(self) -> Plan:
         now = self._clock()
         taken = len(self._running) + len(self._queue.prefilling) + len(self._landings)
-        self._queue.admit(now, self._spare, self._max_sequences - taken)
+        self._queue.admit(self._spare, self._max_sequences - taken)
         plan = scheduler.plan(
             self._running,
             self._queue.prefilling,
@@ -195,9 +195,7 @@ class DecodeStage:
             lambda sequence: self._pool.held_alone(sequence.blocks),
         )
         for chunk in plan.chunks:
-            if chunk.sequence.scheduled is None:
-                chunk.sequence.scheduled = now
-                chunk.sequence.spans["decode_admit"] = now - chunk.sequence.arrived
+            chunk.sequence.schedule(now)
         return plan
 
     def make_room(self, plan: Plan) -> None:

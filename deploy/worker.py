@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 
 from cluster import process
@@ -17,5 +18,7 @@ def main(argv: Sequence[str]) -> int:
     config = load(WorkerConfig, argv, "baton worker")
     process.die_with_parent(config.die_with)
     process.start_logging(config.log_level)
+    # Workers share cores: an OpenMP thread that spins while it waits takes them from the others.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     room = importlib.import_module(ROOMS[config.role])
     return process.run(lambda stopping: room.serve(config, stopping))

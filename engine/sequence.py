@@ -43,6 +43,13 @@ class Sequence:
     def key(self) -> tuple[str, int]:
         return self.request.id, self.attempt
 
+    def schedule(self, now: float) -> None:
+        """A step with a part of it begins. The first time ends its wait."""
+        if self.scheduled is None:
+            self.scheduled = now
+            handed_over = "transfer_tail" in self.spans
+            self.spans["decode_admit" if handed_over else "prefill_queue"] = now - self.arrived
+
     def blocks_for(self, tokens: int, block_size: int) -> int:
         """How many blocks it lacks to hold its first `tokens` tokens."""
         return max(0, -(-tokens // block_size) - len(self.blocks))

@@ -12,7 +12,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.errors import BadRequest, BatonError, MethodNotAllowed, NotFound, Unauthorized
+from cluster.errors import (
+    BadRequest,
+    BatonError,
+    MethodNotAllowed,
+    NotFound,
+    RequestTimeout,
+    TooLarge,
+    Unauthorized,
+    UnsupportedMedia,
+)
 from cluster.ids import new_id
 from gateway.gateway import Gateway
 from gateway.routes import Routes
@@ -21,7 +30,20 @@ log = logging.getLogger(__name__)
 
 _HOST = re.compile(rb"[A-Za-z0-9.:\[\]-]+")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-_UNREAD_BODY = frozenset({408, 413, 415})
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 32 << 10
+
+
+class HeadersTooLarge(TooLarge):
+    http = 431
+    code = "headers_too_large"
+
+
+class AmbiguousBody(BadRequest):
+    code = "ambiguous_body"
+
+
+_BODY_LEFT = (AmbiguousBody, RequestTimeout, TooLarge, UnsupportedMedia)
 """Refused before the body was read: the connection is in the middle of it and cannot be reused."""
 
 
@@ -61,7 +83,7 @@ def error_response(error: BatonError) -> Response:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after or 1)))
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    if error.http in _UNREAD_BODY:
+    if isinstance(error, _BODY_LEFT):
         headers["connection"] = "close"
     return JSONResponse(error.body(), error.http, headers)
 
@@ -93,13 +115,8 @@ class FrontDoor:
             await send(message)
 
         try:
-            if _host_is_sane(scope):
-                await self._app(scope, receive, labelled)
-            else:
-                error = BadRequest("The Host header is missing or malformed.", code="invalid_host")
-                await error_response(self._gateway.account_for(error, request_id))(
-                    scope, receive, labelled
-                )
+            check_head(scope)
+            await self._app(scope, receive, labelled)
         except Exception as error:
             known = self._gateway.account_for(error, request_id)
             if status:
@@ -123,12 +140,20 @@ class FrontDoor:
         )
 
 
-def _host_is_sane(scope: Scope) -> bool:
-    """One Host of harmless characters; HTTP/1.0 may leave it out."""
-    hosts = [value for name, value in scope["headers"] if name == b"host"]
-    if not hosts:
-        return bool(scope["http_version"] == "1.0")
-    return len(hosts) == 1 and _HOST.fullmatch(hosts[0]) is not None
+def check_head(scope: Scope) -> None:
+    """Raises BadRequest or HeadersTooLarge for a head that no honest client sends."""
+    headers = scope["headers"]
+    if len(headers) > MAX_HEADERS or sum(len(n) + len(v) for n, v in headers) > MAX_HEADER_BYTES:
+        raise HeadersTooLarge("The request has too many or too large headers.")
+    names = {name for name, _ in headers}
+    if {b"content-length", b"transfer-encoding"} <= names:
+        # Two readers could see two different ends of the body, and a request hidden between them.
+        raise AmbiguousBody("Content-Length and Transfer-Encoding exclude each other.")
+    hosts = [value for name, value in headers if name == b"host"]
+    if not hosts and scope["http_version"] == "1.0":
+        return
+    if len(hosts) != 1 or not _HOST.fullmatch(hosts[0]):
+        raise BadRequest("The Host header is missing or malformed.", code="invalid_host")
 
 
 def _request_id(scope: Scope) -> str:

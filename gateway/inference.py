@@ -10,6 +10,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 import grpc
@@ -202,10 +203,9 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it comes 
             if status != told:
                 told = status
                 await context.write(health_pb2.HealthCheckResponse(status=status))
-            try:
+                continue  # it may have changed during the write; nothing else wakes us then
+            with suppress(TimeoutError):
                 await self._pools.changed(_WATCH_S)
-            except TimeoutError:
-                continue
 
     def _status(self, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
         if service not in ("", SERVICE):

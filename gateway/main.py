@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import socket
 import time
@@ -92,9 +93,19 @@ def build(config: GatewayConfig, directory: Path) -> tuple[Gateway, Pools]:
     tokenizer = Tokenizer.from_dir(directory)
     own_name = "baton-tiny" if directory == BUILT_IN else directory.resolve().name
     names = config.served_model_name or (own_name,)
-    longest = min(config.max_model_len or model.max_model_len, model.max_model_len)
+    longest = config.max_model_len or model.max_model_len
+    if longest > model.max_model_len:
+        raise StartError(f"--max-model-len {longest}: the model ends at {model.max_model_len}")
     pools = Pools(names[0], config_digest(directory), over_grpc)
-    sequencer = Sequencer(pools, max_waiting=config.max_waiting, queue_timeout=config.queue_timeout)
+    metrics = GatewayMetrics(names[0], longest, pools.views)
+    sequencer = Sequencer(
+        pools,
+        handed=metrics.handoff,
+        max_waiting=config.max_waiting,
+        queue_timeout=config.queue_timeout,
+    )
+    stated = dataclasses.asdict(model.generation)
+    defaults = {name: value for name, value in stated.items() if value is not None}
     gateway = Gateway(
         limits=Limits(
             model_names=names,
@@ -109,7 +120,8 @@ def build(config: GatewayConfig, directory: Path) -> tuple[Gateway, Pools]:
         sequencer=sequencer,
         pools=pools,
         keys=Keys(config.api_key),
-        metrics=GatewayMetrics(names[0]),
+        metrics=metrics,
+        defaults=defaults,
         version=_version(),
         created=int(time.time()),
         request_timeout_s=config.request_timeout,

@@ -22,6 +22,7 @@ from cluster.messages import (
     Report,
     Request,
 )
+from cluster.metrics import WorkerView
 from gateway import router
 from gateway.router import PrefixMemory, View
 from gateway.session import WorkerSession
@@ -209,6 +210,13 @@ class Pools:
         """At least one pair, or one `both` worker, takes requests."""
         roles = {member.hello.role for member in self.members if not member.load.draining}
         return BOTH in roles or {PREFILL, DECODE} <= roles
+
+    def views(self) -> list[WorkerView]:
+        """The workers as the metrics show them."""
+        return [
+            WorkerView(m.peer.name, m.hello.role, m.hello.block_size, m.hello.blocks, m.load)
+            for m in self.members
+        ]
 
     def status(self) -> dict[str, Any]:
         """The cluster as JSON."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
@@ -145,17 +145,22 @@ def _fail(failed: Failed) -> NoReturn:
 
 
 class Sequencer:
-    """Runs every request of this gateway. At most `max_waiting` of them wait for a first token."""
+    """Runs every request of this gateway. At most `max_waiting` of them wait for a first token.
+
+    `handed` is told how each handoff went: "sealed" or the code of the error.
+    """
 
     def __init__(
         self,
         pools: Pools,
         *,
+        handed: Callable[[str], None] = lambda outcome: None,
         clock: Clock = monotonic,
         max_waiting: int = 1024,
         queue_timeout: float = 60.0,
     ) -> None:
         self._pools = pools
+        self._handed = handed
         self._clock = clock
         self._max_waiting = max_waiting
         self._queue_timeout = queue_timeout
@@ -200,7 +205,12 @@ class Sequencer:
             relay.to(Phase.HANDING_OFF)
             route.decode.session.send(Start(relay.request.id, first.token, relay.attempt))
             handed = self._clock()
-            second = await relay.next_token()
+            try:
+                second = await relay.next_token()
+            except BatonError as error:
+                self._handed(error.code)
+                raise
+            self._handed("sealed")
             relay.dismiss(route.prefill)
             self._note(relay.watch, second, self._clock() - handed, "wire_second")
             relay.to(Phase.DECODING)

@@ -26,7 +26,7 @@ class PromptQueue:
     def queued_tokens(self) -> int:
         return sum(sequence.remaining for sequence in self)
 
-    def admit(self, now: float, spare: int, seats: int) -> list[Sequence]:
+    def admit(self, spare: int, seats: int) -> list[Sequence]:
         """Give blocks to those who have waited longest while `spare` blocks stay available.
 
         At most `seats` are admitted. Nobody overtakes: a prompt that does not fit yet holds up
@@ -39,9 +39,6 @@ class PromptQueue:
                 self._allocator.admit(sequence, spare)
             except BlocksExhausted:
                 break
-            if sequence.scheduled is None:
-                sequence.scheduled = now
-                sequence.spans["prefill_queue"] = now - sequence.arrived
             admitted.append(self.waiting.popleft())
         self.prefilling += admitted
         return admitted

@@ -127,13 +127,16 @@ class PrefillStage:
         self._queue.waiting.append(sequence)
 
     def plan(self) -> Plan:
-        for sequence in self._queue.admit(self._clock(), spare=0, seats=len(self._queue.waiting)):
+        for sequence in self._queue.admit(spare=0, seats=len(self._queue.waiting)):
             landing = self._landings.get(sequence.key)
             if landing is not None:
                 self._pushes.open(Handoff(*sequence.key, landing, len(sequence.tokens)))
                 if sequence.computed:  # found in the prefix cache
                     self._announce(sequence, range(len(self._windows)), 0, sequence.computed)
-        return Plan(scheduler.chunks(self._queue.prefilling, self._budget))
+        plan = Plan(scheduler.chunks(self._queue.prefilling, self._budget))
+        for chunk in plan.chunks:
+            chunk.sequence.schedule(self._clock())
+        return plan
 
     def make_room(self, plan: Plan) -> None:
         """Nothing to do: a prompt is admitted with blocks for all of its tokens."""

@@ -327,6 +327,27 @@ async def test_plain_hosts(house: House) -> None:
     assert old.status == 200
 
 
+async def test_too_many_or_too_large_headers(house: House) -> None:
+    for headers in ([(b"x", b"y")] * 5000, [(b"x", b"y" * (64 << 10))]):
+        reply = await house.browser.get("/live", more_headers=headers)
+        assert (reply.status, reply.error["code"]) == (431, "headers_too_large")
+
+
+async def test_a_body_with_two_ends(house: House) -> None:
+    async with served(house.gateway) as address:
+        host, port = address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+        )
+        answer = await reader.read()  # to the end: the connection is closed
+        writer.close()
+        await writer.wait_closed()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"ambiguous_body" in answer
+
+
 async def test_request_ids(house: House) -> None:
     async def echoed(*labels: bytes) -> str:
         headers = [(b"x-request-id", label) for label in labels]
