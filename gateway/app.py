@@ -28,10 +28,11 @@ from gateway.routes import Routes
 
 log = logging.getLogger(__name__)
 
-_HOST = re.compile(rb"[A-Za-z0-9.:\[\]-]+")
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 << 10
+
+_HOST = re.compile(rb"[A-Za-z0-9.:\[\]-]+")
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class HeadersTooLarge(TooLarge):

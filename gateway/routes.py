@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from fastapi import Depends, FastAPI
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
 
 from cluster.errors import (
     Cancelled,
@@ -26,24 +24,13 @@ from gateway import validate
 from gateway.ask import Ask, Limits
 from gateway.fields import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from gateway.gateway import Gateway
-from gateway.keys import Tenant
-from gateway.shapes import DONE, error_event, shape_of
-from gateway.stream import Answer, Delta, children
+from gateway.response import AnswerResponse
 
 Handler = Callable[..., Awaitable[Response]]
 Validator = Callable[[Any, Limits, Mapping[str, float]], Ask]
 
 MAX_BODY_PIECES = 16384
 """Far more pieces than any honest client needs for 4 MiB; each costs us a turn of the loop."""
-
-LAST_WORD_S = 10.0
-"""How long a reader that has stopped reading may hold up the end of its own response."""
-
-_SSE_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect the tokens
-]
 
 
 class Routes:
@@ -175,109 +162,6 @@ class Routes:
         return JSONResponse(request.app.openapi())
 
 
-class AnswerResponse(Response):
-    """Runs one call and writes its answer, whole or as a stream.
-
-    Nothing is sent before the first token exists, so what fails until then has its own status. When
-    the client goes, streaming or not, all work for it is cancelled at once.
-    """
-
-    def __init__(self, gateway: Gateway, ask: Ask, tenant: Tenant, arrived: float) -> None:
-        super().__init__()
-        self._gateway = gateway
-        self._ask = ask
-        self._tenant = tenant
-        self._arrived = arrived
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises BatonError only while no byte is sent."""
-        self._gateway.active += 1
-        try:
-            if self._ask.stream:
-                await self._stream(scope, receive, send)
-            else:
-                await self._whole(scope, receive, send)
-        finally:
-            self._gateway.active -= 1
-
-    async def _prepare(self) -> Answer:
-        return await Answer.prepare(self._gateway, self._ask, self._tenant, self._arrived)
-
-    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        deltas: list[Delta] = []
-
-        async def collect(arrived: list[Delta]) -> None:
-            deltas.extend(arrived)
-
-        async with while_connected(receive):
-            answer = await self._prepare()
-            await answer.run(collect, self._gateway.request_timeout_s)
-        metrics = answer.timeline() if self._ask.return_timeline else None
-        body = shape_of(self._gateway, self._ask, answer).whole(deltas, answer.usage, metrics)
-        await Response(body, media_type="application/json")(scope, receive, send)
-
-    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
-        try:
-            async with while_connected(receive):
-                answer = await self._prepare()
-                shape = shape_of(self._gateway, self._ask, answer)
-                unfinished = len(answer.choices)
-                # The timeline is complete with the last finish; the usage chunk is where it goes,
-                # but a client that did not ask for one must not get a chunk without choices.
-                early = self._ask.return_timeline and not self._ask.include_usage
-
-                async def emit(deltas: list[Delta]) -> None:
-                    nonlocal started, unfinished
-                    if not started:
-                        started = True
-                        await send(
-                            {
-                                "type": "http.response.start",
-                                "status": 200,
-                                "headers": _SSE_HEADERS,
-                            }
-                        )
-                    events = []
-                    for delta in deltas:
-                        unfinished -= bool(delta.finish)
-                        last = early and delta.finish and not unfinished
-                        events.append(shape.events(delta, answer.timeline() if last else None))
-                    if body := "".join(events):
-                        await send(_body(body.encode(), more=True))
-
-                await answer.run(emit, self._gateway.request_timeout_s)
-            end = DONE
-            if self._ask.include_usage:
-                metrics = answer.timeline() if self._ask.return_timeline else None
-                end = shape.usage_event(answer.usage, metrics).encode() + end
-        except Exception as error:
-            if not started:
-                raise
-            known = self._gateway.account_for(error, scope["state"]["request_id"])
-            end = error_event(known.body())
-        async with asyncio.timeout(LAST_WORD_S):
-            await send(_body(end, more=False))
-
-
-@asynccontextmanager
-async def while_connected(receive: Receive) -> AsyncIterator[None]:
-    """Inside, the client is there: the block is cancelled and Cancelled raised when it goes.
-
-    The request's body must have been read.
-    """
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        raise Cancelled("The client went away.")
-
-    async with children() as tasks:
-        watcher = tasks.create_task(watch())
-        yield
-        watcher.cancel()
-
-
 async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
     """The body, counted while it comes in. Raises UnsupportedMedia, TooLarge, RequestTimeout."""
     kind, *parameters = (
@@ -306,10 +190,6 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
     except ClientDisconnect:
         raise Cancelled("The client went away.") from None
     return bytes(body)
-
-
-def _body(data: bytes, *, more: bool) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": data, "more_body": more}
 
 
 def _documented(body: type[BaseModel]) -> dict[str, Any]:

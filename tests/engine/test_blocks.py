@@ -197,7 +197,11 @@ def test_roots_differ_by_model_and_tenant() -> None:
     roots = {
         root_key(Fingerprint(config, weights), salt)
         for config, weights, salt in [
-            ("a", "bc", b""), ("ab", "c", b""), ("abc", "", b""), ("a", "b", b"c"), ("a", "bc", b"x")
+            ("a", "bc", b""),
+            ("ab", "c", b""),
+            ("abc", "", b""),
+            ("a", "b", b"c"),
+            ("a", "bc", b"x"),
         ]
-    }  # fmt: skip
+    }
     assert len(roots) == 5

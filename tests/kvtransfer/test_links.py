@@ -203,7 +203,7 @@ async def test_a_damaged_body_is_sent_again_twice_and_never_taken(rig: Rig, dama
 async def test_a_peer_that_does_not_answer_is_lost(rig: Rig) -> None:
     link = await rig.opened(timeout=0.05)
     rig.stage.silent = True
-    with pytest.raises(WorkerLost, match="no answer within 0.05 s"):
+    with pytest.raises(WorkerLost, match=r"no answer within 0\.05 s"):
         await link.send(chunk(), 1, lambda: b"x")
     assert link.lost
     with pytest.raises(WorkerLost):
