@@ -339,7 +339,7 @@ def _yarn_attention_factor(rope: Fields, factor: float) -> float:
 
 
 def _generation_defaults(fields: Fields) -> GenerationDefaults:
-    """`do_sample: false` says that the sampling fields beside it are not meant to be used."""
+    """`do_sample: false` means greedy, and that the sampling fields beside it do not count."""
 
     def given(
         name: str, low: float, high: float = math.inf, *, open_: bool = False
@@ -350,7 +350,7 @@ def _generation_defaults(fields: Fields) -> GenerationDefaults:
 
     penalty = given("repetition_penalty", 0.0, open_=True)
     if not fields.flag("do_sample", True):
-        return GenerationDefaults(repetition_penalty=penalty)
+        return GenerationDefaults(temperature=0.0, repetition_penalty=penalty)
     return GenerationDefaults(
         temperature=given("temperature", 0.0),
         top_p=given("top_p", 0.0, 1.0, open_=True),

@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -106,10 +105,9 @@ class WorkerService:
                     response_deserializer=codec.decode_welcome,
                 )
                 try:
-                    async with aclosing(self.membership()) as membership:
-                        async for gateway in call(membership):
-                            log.info("joined", extra={"gateway": gateway, "address": address})
-                            joined()
+                    async for gateway in call(self.membership()):
+                        log.info("joined", extra={"gateway": gateway, "address": address})
+                        joined()
                 except grpc.aio.AioRpcError as error:
                     if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                         raise HandshakeRefused(error.details() or "refused") from None

@@ -28,7 +28,6 @@ class DecodeRoom:
     def __init__(self, parts: Parts) -> None:
         config = parts.config
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._takes_kv = config.role != BOTH
         receiver = Receiver(
             parts.hello,
             parts.inbox.put,
@@ -36,7 +35,7 @@ class DecodeRoom:
             config.credit_bytes,
         )
         self._host = ZmqHost(self._context, receiver)
-        if self._takes_kv:
+        if config.role != BOTH:
             self._host.start(f"tcp://{config.host}:{config.data_port or '*'}")
         self.stage = DecodeStage(
             parts.cache,
@@ -49,12 +48,12 @@ class DecodeRoom:
             clock=monotonic,
         )
 
-    async def open(self) -> str:
+    def open(self) -> str:
         return self._host.address
 
     async def serve(self) -> None:
         await asyncio.Event().wait()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         self._host.close()
         self._context.destroy(linger=0)

@@ -58,13 +58,13 @@ class Room(Protocol):
     @property
     def stage(self) -> loop.Stage: ...
 
-    async def open(self) -> str:
-        """Bind or prepare the data plane; returns its address, if it takes KV."""
+    def open(self) -> str:
+        """The data plane's address; empty if it takes no KV."""
 
     async def serve(self) -> None:
         """Carry KV until cancelled."""
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """Let go of the data plane. Idempotent."""
 
 
@@ -77,17 +77,17 @@ async def serve(
     torch.set_num_threads(max(1, config.threads))
     started = time.monotonic()
     directory = model_directory(config)
+    server = rpc.new_server()
+    try:
+        port = server.add_insecure_port(f"{config.host}:{config.port}")
+    except RuntimeError:
+        address = f"{config.host}:{config.port}"
+        raise StartError(f"cannot listen on {address}: choose another --port") from None
     model = await asyncio.to_thread(_load, config, directory)
     parts = _parts(config, directory, model)
     room = furnish(parts)
-    server = rpc.new_server()
-    try:
-        data_address = await room.open()
-        port = server.add_insecure_port(f"{config.host}:{config.port}")
-    except (RuntimeError, OSError) as error:
-        await room.close()
-        raise StartError(f"cannot listen on {config.host}: {error}: see --port") from None
-    hello = replace(parts.hello, control_address=f"{config.host}:{port}", data_address=data_address)
+    control_address = f"{config.host}:{port}"
+    hello = replace(parts.hello, control_address=control_address, data_address=room.open())
     service = WorkerService(hello, parts.inbox.put)
     server.add_generic_rpc_handlers(
         (
@@ -103,7 +103,7 @@ async def serve(
         await _live(config, stopping, service, room, Runner(model.model), parts.inbox)
     finally:
         await server.stop(grace=0.1)
-        await room.close()
+        room.close()
     return 0
 
 

@@ -63,6 +63,8 @@ async def serve(config: GatewayConfig, stopping: asyncio.Event) -> int:
             create_app(gateway),
             http="h11",
             ws="none",
+            proxy_headers=False,
+            h11_max_incomplete_event_size=32 << 10,
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,8 @@ BEAT_S = 0.25
 MISSED_BEATS = 6
 """A worker that has said nothing for six beats of ours (1.5 s) is lost. Counting our own beats
 keeps a gateway that was itself stopped from losing everyone when it wakes."""
+
+HELLO_S = 5.0
 
 Connect = Callable[[str, AsyncIterator[Order]], AsyncIterator[Report]]
 
@@ -88,6 +91,7 @@ class Pools:
         self._connect = connect
         self._members: dict[str, Member] = {}
         self._sessions: dict[Peer, asyncio.Task[None]] = {}
+        self._replaced: deque[Peer] = deque(maxlen=1024)
         self._changed = asyncio.Event()
         self.lost = 0  # workers lost without having drained
 
@@ -96,10 +100,12 @@ class Pools:
         return list(self._members.values())
 
     def join(self, hello: Hello) -> Member:
-        """Take a worker in; an older incarnation of it is lost. Raises HandshakeRefused."""
+        """Take a worker in; an older start of it is lost, for good. Raises HandshakeRefused."""
         self._check(hello)
         older = self._members.get(hello.peer.name)
         if older is not None:
+            if older.peer != hello.peer:
+                self._replaced.append(older.peer)
             self.leave(older)
         session = WorkerSession(
             hello.peer, lambda orders: self._connect(hello.control_address, orders)
@@ -127,6 +133,11 @@ class Pools:
                 mine.append(("weights", other.hello.fingerprint.weights, hello.fingerprint.weights))
                 mine.append(("KV layout", other.hello.layout, hello.layout))
                 break
+        if hello.peer in self._replaced:
+            raise HandshakeRefused(
+                f"incarnation {hello.peer.incarnation:016x} of {hello.peer.name} was replaced by "
+                f"a newer worker of that name: give this one another --name"
+            )
         for what, ours, theirs in mine:
             if ours != theirs:
                 raise HandshakeRefused(
@@ -244,7 +255,8 @@ async def serve_membership(
     pools: Pools, messages: AsyncIterator[Hello | Load], name: str
 ) -> AsyncGenerator[str, None]:
     """The Registry's Join for one worker. Raises HandshakeRefused."""
-    hello = await anext(messages)
+    async with asyncio.timeout(HELLO_S):
+        hello = await anext(messages)
     if not isinstance(hello, Hello):
         raise HandshakeRefused("the first message must be a Hello")
     member = pools.join(hello)

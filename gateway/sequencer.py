@@ -216,6 +216,7 @@ class Sequencer:
             relay.to(Phase.DECODING)
             yield second
             if second.finish:
+                relay.dismiss(route.decode)
                 return
         else:
             relay.to(Phase.DECODING)
@@ -223,6 +224,7 @@ class Sequencer:
             token = await relay.next_token()
             yield token
             if token.finish:
+                relay.dismiss(route.decode)
                 return
 
     async def _first_token(self, relay: Relay) -> tuple[Route, Token]:

@@ -91,7 +91,6 @@ class ZmqWire:
         self, received: Callable[[list[Buffer]], None], lost: Callable[[str], None]
     ) -> None:
         self._lost = lost
-        self._connected = asyncio.get_running_loop().create_future()
         socket = self._context.socket(zmq.DEALER)
         socket.set(zmq.LINGER, 0)
         socket.set(zmq.IMMEDIATE, 1)
@@ -106,6 +105,7 @@ class ZmqWire:
             socket.connect(self._address)
         except zmq.ZMQError as error:
             raise WorkerLost(f"cannot connect to {self._address}: {error}") from error
+        self._connected = asyncio.get_running_loop().create_future()
         await self._connected
 
     def send(self, parts: tuple[Buffer, Buffer]) -> None:

@@ -65,14 +65,14 @@ class PrefillRoom:
             clock=monotonic,
         )
 
-    async def open(self) -> str:
+    def open(self) -> str:
         return ""
 
     async def serve(self) -> None:
         async with self._sender:
             await asyncio.Event().wait()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         self._context.destroy(linger=0)
 
     def _connect(self, landing: Landing) -> Link:

@@ -55,7 +55,7 @@ def epoch(known: Knowledge, rng: random.Random) -> Iterator[Lesson]:
         if len(turns) == 1 and rng.random() < 0.08:
             yield Lesson(turns, chat=False)
             continue
-        before = rng.choices((0, 1, 2, 3, 8), (60, 22, 10, 6, 2))[0]
+        before = rng.choices((0, 1, 2, 3, 8, 20), (56, 22, 10, 6, 4, 2))[0]
         history = tuple(_retell(rng.choice(openings), rng)[0] for _ in range(before))
         system = rng.choice(_SYSTEM) if rng.random() < 0.25 else None
         yield Lesson(history + turns, system)

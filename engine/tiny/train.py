@@ -30,7 +30,7 @@ from engine.tiny.recite import Recital, recite
 
 _log = logging.getLogger("baton.tiny")
 
-_STEPS: Final = 2400
+_STEPS: Final = 3000
 _BATCH_TOKENS: Final = 2048
 _PEAK_RATE: Final = 3e-3
 _WARMUP_STEPS: Final = 60

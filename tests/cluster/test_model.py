@@ -173,7 +173,8 @@ def test_generation_defaults(tmp_path: Path) -> None:
     _write(tmp_path, "generation_config.json", do_sample=True, **given)
     assert _load(tmp_path).generation == GenerationDefaults(**given)
     _write(tmp_path, "generation_config.json", do_sample=False, **given)
-    assert _load(tmp_path).generation == GenerationDefaults(repetition_penalty=1.05)
+    greedy = GenerationDefaults(temperature=0.0, repetition_penalty=1.05)
+    assert _load(tmp_path).generation == greedy
 
 
 def test_digest_tells_models_and_tokenizers_apart_but_not_recommendations(tmp_path: Path) -> None:

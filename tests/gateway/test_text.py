@@ -199,6 +199,13 @@ def test_stop_strings_do_not_count_within_min_tokens() -> None:
         assert text == shown
 
 
+@pytest.mark.parametrize("stops", [("bc", "abc"), ("abc", "bc")])
+def test_of_stop_strings_that_end_together_the_longer_counts(stops: tuple[str, ...]) -> None:
+    tokens = [ids_of(character)[0] for character in "xabcx"]
+    text, stopped, _ = read(TextStream(CHATML, (), stops), tokens)
+    assert (text, stopped) == ("x", "abc")
+
+
 def test_nothing_comes_after_a_stop_string() -> None:
     stream = TextStream(CHATML, (), ("b",))
     tokens = [ids_of(character)[0] for character in "abc"]

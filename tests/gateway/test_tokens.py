@@ -131,6 +131,23 @@ def test_a_masked_message_is_tokenised_in_its_place() -> None:
     assert ",".join(map(str, expected)) in joined
 
 
+def test_special_tokens_that_swallow_spaces_do_so_in_chats() -> None:
+    def backend() -> tokenizers.Tokenizer:
+        made = v.chatml()
+        made.add_special_tokens(
+            [
+                tokenizers.AddedToken("<|l|>", lstrip=True, special=True, normalized=False),
+                tokenizers.AddedToken("<|r|>", rstrip=True, special=True, normalized=False),
+            ]
+        )
+        return made
+
+    source = "a  <|l|>  b  <|r|>  {{ messages[0].content }}"
+    expected = backend().encode("a  <|l|>  b  <|r|>  c").ids
+    assert Tokenizer(backend(), {}, source).chat([{"role": "user", "content": "c"}]) == expected
+    assert expected != v.chatml().encode("a  <|l|>  b  <|r|>  c").ids
+
+
 def test_templates_see_what_a_message_says() -> None:
     """Trimming works around a special token's string, and names are text as well."""
     source = "{{ messages[0].name }}:{{ messages[0].content | trim }}<|im_end|>"

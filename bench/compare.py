@@ -1,0 +1,321 @@
+"""compare: prefill and decode apart against the same engine undivided, on the same two cores.
+
+calibrate   pd alone: how many chats it can hold, how long a long prompt takes
+sweep       every mode at every chunk size, under load; the best of each mode is taken
+rounds      every mode in turn, fresh processes: probes, quiet, loaded, flood
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+
+from bench import comparison, shape
+from bench.client import Client, Record, open_session
+from bench.compare_flags import CompareOptions, parse_options
+from bench.comparison import Measured, Run
+from bench.options import require
+from bench.serve import find_model, paced
+from bench.stand import Mode, modes, running
+from bench.trace import CHAT, FLOOD, LOADED, LONG, QUIET, Pace, Phase, Writer
+from bench.vocabulary import LocalVocabulary
+from cluster.config import BUILT_IN, WorkerConfig
+from cluster.errors import StartError
+from cluster.model import load_config
+
+PROBES: Final = "probes"
+
+LOAD_SHARE: Final = 0.4
+"""Of the chats that pd finishes per second when flooded: what the steady rate asks for."""
+
+LONG_SHARE: Final = 0.5
+"""Of the time: how long a long prompt keeps an otherwise idle pd busy."""
+
+PLACE: Final = "gateway and client unpinned in every mode, beside the pinned workers"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that was measured, and what it was measured on."""
+
+    options: CompareOptions
+    model: str
+    hardware: Mapping[str, Any]
+    date: datetime
+    pace: Pace
+    sweep: tuple[Run, ...]
+    rounds: tuple[Run, ...]
+
+    @property
+    def limits_ms(self) -> dict[str, float]:
+        return dict(self.options.goodput) or comparison.default_limits(self.rounds)
+
+    @property
+    def by_goodput(self) -> dict[str, int]:
+        return {
+            mode: comparison.choose_by_goodput(points, self.limits_ms).chunk
+            for mode, points in _by_mode(self.sweep).items()
+        }
+
+    @property
+    def probes_agree(self) -> bool:
+        """Whether the greedy answers to the fixed prompts were the same in every mode and run."""
+        probes = [
+            Run(run.mode, run.chunk, run.round, run.ready_s, {PROBES: run.measured[PROBES]})
+            for run in (*self.sweep, *self.rounds)
+        ]
+        complete = all(r.ok for run in probes for r in run.measured[PROBES].records)
+        return complete and comparison.differing(probes) == 0
+
+    def table(self) -> str:
+        limits = ", ".join(f"{name} <= {limit:g} ms" for name, limit in self.limits_ms.items())
+        options, different = self.options, comparison.differing((*self.sweep, *self.rounds))
+        return "\n".join(
+            (
+                f"model {self.model}, cores {' and '.join(map(str, options.cores))}, "
+                f"medians of {options.rounds} rounds; {PLACE}",
+                f"chats {options.sizes.chat_prompt} + {options.sizes.chat_answer} tokens at "
+                f"{self.pace.rate:.2f}/s, long prompts {options.sizes.long_prompt} + "
+                f"{options.sizes.long_answer} tokens every {self.pace.long_every:.1f} s",
+                f"chunk size by {comparison.CRITERION}",
+                f"a good chat: {limits}",
+                "",
+                comparison.table(self.rounds, self.limits_ms, self.by_goodput),
+                "",
+                f"greedy answers to the probes agree in all modes: {self.probes_agree}; "
+                f"of all answers {different} differ from the first mode's",
+            )
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        limits = self.limits_ms
+        rounds = _by_mode(self.rounds)
+        return {
+            "date": f"{self.date:%Y-%m-%d %H:%M:%S}",
+            "model": self.model,
+            "hardware": dict(self.hardware),
+            "placement": PLACE,
+            "options": asdict(self.options),
+            "pace": asdict(self.pace),
+            "trace": {n: m.phase.digest for n, m in self.rounds[0].measured.items()},
+            "criterion": comparison.CRITERION,
+            "goodput_limits_ms": limits,
+            "chosen_chunk": {mode: runs[0].chunk for mode, runs in rounds.items()},
+            "best_chunk_by_goodput": self.by_goodput,
+            "probes_agree": self.probes_agree,
+            "answers_differing": comparison.differing((*self.sweep, *self.rounds)),
+            "medians": {m: comparison.medians(runs, limits) for m, runs in rounds.items()},
+            "sweep": [run.to_json(limits) for run in self.sweep],
+            "rounds": [run.to_json(limits) for run in self.rounds],
+        }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `baton bench compare`. Returns 0, or 1 when modes disagree. Raises StartError."""
+    options = parse_options(argv)
+    result = asyncio.run(compare(options))
+    print(result.table())
+    path = Path(options.output or f"bench/results/compare-{result.model}{options.suffix}.json")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(result.to_json(), indent=1, default=str)
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StartError(f"--output {path}: {error.strerror}") from None
+    print(f"Saved to {path}")
+    return 0 if result.probes_agree else 1
+
+
+async def compare(options: CompareOptions) -> Comparison:
+    """Everything from the model to the last round. Raises StartError; no process outlives it."""
+    with contextlib.ExitStack() as held:
+        base, directory = _model(options, held)
+        ids = LocalVocabulary(directory).ids
+        writer = Writer(ids, options.sizes, options.seed)
+        bench = Bench(base, writer)
+        hardware, date = describe(options), datetime.now()
+        three = modes(options.cores)
+        pace = Pace(options.rate, options.long_every)
+        if not (pace.rate and pace.long_every):
+            pace = await bench.calibrate(three[0], max(options.chunks), pace)
+        sweep = await _sweep(bench, options, three, pace)
+        points = _by_mode(sweep)
+        chosen = {
+            mode.name: comparison.choose(points[mode.name]).chunk if points else options.chunks[0]
+            for mode in three
+        }
+        rounds = await _rounds(bench, options, three, pace, chosen)
+    return Comparison(options, directory.name, hardware, date, pace, tuple(sweep), tuple(rounds))
+
+
+async def _sweep(
+    bench: Bench, options: CompareOptions, three: Sequence[Mode], pace: Pace
+) -> list[Run]:
+    """Nothing to choose, nothing to sweep."""
+    if len(options.chunks) == 1:
+        return []
+    seconds = options.sweep_longs * pace.long_every
+    load = bench.writer.steady("sweep", pace, seconds=seconds, longs=options.sweep_longs)
+    return [
+        await bench.run(mode, chunk, 0, {LOADED: load})
+        for chunk in options.chunks
+        for mode in three
+    ]
+
+
+async def _rounds(
+    bench: Bench,
+    options: CompareOptions,
+    three: Sequence[Mode],
+    pace: Pace,
+    chosen: Mapping[str, int],
+) -> list[Run]:
+    """Alternating, each round beginning with another mode, so that a drift touches all alike."""
+    sizes, writer = options.sizes, bench.writer
+    loaded_s = sizes.longs * pace.long_every
+    phases = {
+        QUIET: writer.steady(QUIET, pace, seconds=sizes.quiet_s),
+        LOADED: writer.steady(LOADED, pace, seconds=loaded_s, longs=sizes.longs),
+        FLOOD: writer.at_once(FLOOD, chats=sizes.flood_chats, longs=sizes.flood_longs),
+    }
+    runs = []
+    for number in range(options.rounds):
+        first = number % len(three)
+        for mode in (*three[first:], *three[:first]):
+            runs.append(await bench.run(mode, chosen[mode.name], number + 1, phases))  # noqa: PERF401
+    return runs
+
+
+class Bench:
+    """Starts a mode, asks it what a trace says, stops it."""
+
+    def __init__(self, base: WorkerConfig, writer: Writer) -> None:
+        self.writer = writer
+        self._base = base
+
+    async def run(self, mode: Mode, chunk: int, number: int, phases: Mapping[str, Phase]) -> Run:
+        """One start of one mode: the probes, which warm it up, then each phase to its end."""
+        started = time.perf_counter()
+        async with running(mode, chunk, self._base) as url, open_session() as session:
+            ready_s = time.perf_counter() - started
+            model = await find_model(session, url, None)
+            measured = {PROBES: await measure(session, url, model, self.writer.probes())}
+            for name, phase in phases.items():
+                measured[name] = await measure(session, url, model, phase)
+        run = Run(mode.name, chunk, number, ready_s, measured)
+        _tell(run)
+        return run
+
+    async def calibrate(self, mode: Mode, chunk: int, given: Pace) -> Pace:
+        """A pace that every mode can hold, where none was given.
+
+        Measured on pd: one core of its two decodes, so of the three it holds the fewest chats.
+        """
+        chats, long = 16, self.writer.at_once("calibrate-long", chats=0, longs=1)
+        flood = self.writer.at_once("calibrate", chats=chats, longs=0)
+        run = await self.run(mode, chunk, 0, {CHAT: flood, LONG: long})
+        for name in (CHAT, LONG):
+            failed = [r.error for r in run.measured[name].records if not r.ok]
+            require(not failed, f"calibration failed: {failed[:1]}; see --rate, --long-prompt")
+        capacity = chats / run.measured[CHAT].duration
+        [alone] = run.measured[LONG].of(LONG)
+        return Pace(
+            given.rate or round(LOAD_SHARE * capacity, 3),
+            given.long_every or round(alone.ttft / LONG_SHARE, 3),
+        )
+
+
+async def measure(session: aiohttp.ClientSession, url: str, model: str, phase: Phase) -> Measured:
+    """Send every request of a phase at its time and wait for the last answer."""
+    client = Client(session, f"{url}/v1/completions", timeout=600.0, keep_text=True)
+    bodies = [ask.body(model) for ask in phase.asks]
+    tasks: list[asyncio.Task[Record]] = []
+    started = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+
+        def send(index: int) -> None:
+            prompt_tokens = len(phase.asks[index].prompt)
+            tasks.append(group.create_task(client.send(bodies[index], prompt_tokens)))
+
+        await paced([ask.at for ask in phase.asks], send, time.perf_counter, asyncio.sleep)
+    duration = time.perf_counter() - started
+    return Measured(phase, tuple(task.result() for task in tasks), duration)
+
+
+def describe(options: CompareOptions) -> dict[str, Any]:
+    """The machine and what runs on it. A load average well above 0 spoils a comparison."""
+    return {
+        "cpu": _cpu_name(),
+        "cores_used": options.cores,
+        "cores_of_machine": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": importlib.metadata.version("torch"),
+        "load_average_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _model(options: CompareOptions, held: contextlib.ExitStack) -> tuple[WorkerConfig, Path]:
+    """The model's directory and what every worker is told. Raises StartError."""
+    load_format = options.load_format
+    if options.model is None:
+        temporary = held.enter_context(tempfile.TemporaryDirectory(prefix="baton-compare-"))
+        directory, load_format = shape.write_model(Path(temporary)), "dummy"
+    else:
+        directory = Path(options.model) if options.model else BUILT_IN
+    longest = max(
+        options.sizes.long_prompt + options.sizes.long_answer,
+        options.sizes.chat_prompt + options.sizes.chat_answer,
+    )
+    fits = load_config(directory).max_model_len
+    require(longest <= fits, f"--long-prompt: {longest} tokens in all, the model ends at {fits}")
+    base = WorkerConfig(
+        model=str(directory),
+        load_format=load_format,
+        kv_cache_memory_bytes=options.kv_cache_memory_bytes,
+        log_level="error",
+    )
+    return base, directory
+
+
+def _by_mode(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    by_mode: dict[str, list[Run]] = {}
+    for run in runs:
+        by_mode.setdefault(run.mode, []).append(run)
+    return by_mode
+
+
+def _tell(run: Run) -> None:
+    """One line per run on stderr, so that minutes of silence do not look like a hang."""
+    which = (
+        f"round {run.round}" if run.round else "sweep" if LOADED in run.measured else "calibrate"
+    )
+    figures = [
+        f"{name} ITL p99 {numbers['chat_itl_p99_ms']:.1f} ms"
+        for name, measured in run.measured.items()
+        if name != PROBES and "chat_itl_p99_ms" in (numbers := measured.numbers())
+    ]
+    line = f"{which}: {run.mode}, chunk {run.chunk}: {', '.join(figures)}"
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,154 @@
+"""Stand: a gateway and the workers of one mode, as fresh processes on given cores.
+
+    mode      workers                 each
+    pd        1 prefill + 1 decode    one core, one thread
+    2xboth    2 undivided             one core, one thread
+    1xboth    1 undivided             both cores, two threads
+
+The gateway stays unpinned in every mode, like the client that measures: where there are no more
+than the two cores, they share them with the workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import aiohttp
+
+from cluster.config import GatewayConfig, WorkerConfig, flags
+from cluster.errors import StartError
+from cluster.messages import BOTH, DECODE, PREFILL
+
+START_S: Final = 120.0
+STOP_S: Final = 4.0
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One worker: its role and the cores that it stays on, a thread for each."""
+
+    role: str
+    cores: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Mode:
+    name: str
+    seats: tuple[Seat, ...]
+
+
+def modes(cores: Sequence[int]) -> tuple[Mode, ...]:
+    """The three ways to use two cores."""
+    one, two = cores
+    return (
+        Mode("pd", (Seat(PREFILL, (one,)), Seat(DECODE, (two,)))),
+        Mode("2xboth", (Seat(BOTH, (one,)), Seat(BOTH, (two,)))),
+        Mode("1xboth", (Seat(BOTH, (one, two)),)),
+    )
+
+
+def commands(
+    mode: Mode, chunk: int, base: WorkerConfig, port: int, grpc_port: int
+) -> list[list[str]]:
+    """The arguments of every process of a mode, the gateway's first."""
+    gateway = GatewayConfig(
+        model=base.model, port=port, grpc_port=grpc_port, log_level=base.log_level
+    )
+    plan = [["gateway", *flags(gateway, GatewayConfig)]]
+    for number, seat in enumerate(mode.seats):
+        worker = replace(
+            base,
+            role=seat.role,
+            name=f"{seat.role}-{number}",
+            join=(f"127.0.0.1:{grpc_port}",),
+            pin=seat.cores,
+            threads=len(seat.cores),
+            max_num_batched_tokens=chunk,
+        )
+        plan.append(["worker", *flags(worker, WorkerConfig)])
+    return plan
+
+
+@asynccontextmanager
+async def running(mode: Mode, chunk: int, base: WorkerConfig) -> AsyncIterator[str]:
+    """The URL of a cluster that is ready; it ends with the block. Raises StartError."""
+    port, grpc_port = _free_ports(2)
+    children: list[asyncio.subprocess.Process] = []
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for arguments in commands(mode, chunk, base, port, grpc_port):
+            children.append(await _start(arguments))
+        await _until_ready(url, len(mode.seats), children)
+        yield url
+    finally:
+        await _stop(children)
+
+
+async def _start(arguments: list[str]) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "cluster.cli",
+        *arguments,
+        "--die-with",
+        str(os.getpid()),
+        stdin=asyncio.subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for us: we end the children in order
+    )
+
+
+async def _until_ready(
+    url: str, workers: int, children: Sequence[asyncio.subprocess.Process]
+) -> None:
+    """Ask the gateway until every worker has joined. Raises StartError."""
+    try:
+        async with asyncio.timeout(START_S), aiohttp.ClientSession() as client:
+            while len((await _status(client, url)).get("workers", ())) < workers:
+                ended = [child.returncode for child in children if child.returncode is not None]
+                if ended:
+                    raise StartError(f"a process ended with status {ended[0]} before it was ready")
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        raise StartError(f"the cluster was not ready within {START_S:g} s") from None
+
+
+async def _status(client: aiohttp.ClientSession, url: str) -> Mapping[str, Any]:
+    with contextlib.suppress(aiohttp.ClientError):
+        async with client.get(f"{url}/status") as response:
+            if response.status == 200:
+                return dict(await response.json())
+    return {}
+
+
+async def _stop(children: Sequence[asyncio.subprocess.Process]) -> None:
+    """SIGTERM to all; SIGKILL to whoever is left after STOP_S. Nothing may outlive its mode."""
+    living = [child for child in children if child.returncode is None]
+    for child in living:
+        child.send_signal(signal.SIGTERM)
+    try:
+        async with asyncio.timeout(STOP_S):
+            for child in living:
+                await child.wait()
+    except TimeoutError:
+        for child in living:
+            if child.returncode is None:
+                child.kill()
+                await child.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now, all different."""
+    with contextlib.ExitStack() as held:
+        listeners = [
+            held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
+        ]
+        return [listener.getsockname()[1] for listener in listeners]
