@@ -17,111 +17,31 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
 
-from bench import comparison, shape
+from bench import shape
 from bench.client import Client, Record, open_session
 from bench.compare_flags import CompareOptions, parse_options
-from bench.comparison import Measured, Run
+from bench.comparison import Comparison, by_mode
+from bench.measured import Measured, Run, choose
 from bench.options import require
 from bench.serve import find_model, paced
 from bench.stand import Mode, modes, running
-from bench.trace import CHAT, FLOOD, LOADED, LONG, QUIET, Pace, Phase, Writer
+from bench.trace import CHAT, FLOOD, LOADED, LONG, PROBES, QUIET, Pace, Phase, Writer
 from bench.vocabulary import LocalVocabulary
 from cluster.config import BUILT_IN, WorkerConfig
 from cluster.errors import StartError
 from cluster.model import load_config
 
-PROBES: Final = "probes"
-
-LOAD_SHARE: Final = 0.4
+LOAD_SHARE: Final = 0.3
 """Of the chats that pd finishes per second when flooded: what the steady rate asks for."""
 
-LONG_SHARE: Final = 0.5
+LONG_SHARE: Final = 0.4
 """Of the time: how long a long prompt keeps an otherwise idle pd busy."""
-
-PLACE: Final = "gateway and client unpinned in every mode, beside the pinned workers"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All that was measured, and what it was measured on."""
-
-    options: CompareOptions
-    model: str
-    hardware: Mapping[str, Any]
-    date: datetime
-    pace: Pace
-    sweep: tuple[Run, ...]
-    rounds: tuple[Run, ...]
-
-    @property
-    def limits_ms(self) -> dict[str, float]:
-        return dict(self.options.goodput) or comparison.default_limits(self.rounds)
-
-    @property
-    def by_goodput(self) -> dict[str, int]:
-        return {
-            mode: comparison.choose_by_goodput(points, self.limits_ms).chunk
-            for mode, points in _by_mode(self.sweep).items()
-        }
-
-    @property
-    def probes_agree(self) -> bool:
-        """Whether the greedy answers to the fixed prompts were the same in every mode and run."""
-        probes = [
-            Run(run.mode, run.chunk, run.round, run.ready_s, {PROBES: run.measured[PROBES]})
-            for run in (*self.sweep, *self.rounds)
-        ]
-        complete = all(r.ok for run in probes for r in run.measured[PROBES].records)
-        return complete and comparison.differing(probes) == 0
-
-    def table(self) -> str:
-        limits = ", ".join(f"{name} <= {limit:g} ms" for name, limit in self.limits_ms.items())
-        options, different = self.options, comparison.differing((*self.sweep, *self.rounds))
-        return "\n".join(
-            (
-                f"model {self.model}, cores {' and '.join(map(str, options.cores))}, "
-                f"medians of {options.rounds} rounds; {PLACE}",
-                f"chats {options.sizes.chat_prompt} + {options.sizes.chat_answer} tokens at "
-                f"{self.pace.rate:.2f}/s, long prompts {options.sizes.long_prompt} + "
-                f"{options.sizes.long_answer} tokens every {self.pace.long_every:.1f} s",
-                f"chunk size by {comparison.CRITERION}",
-                f"a good chat: {limits}",
-                "",
-                comparison.table(self.rounds, self.limits_ms, self.by_goodput),
-                "",
-                f"greedy answers to the probes agree in all modes: {self.probes_agree}; "
-                f"of all answers {different} differ from the first mode's",
-            )
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        limits = self.limits_ms
-        rounds = _by_mode(self.rounds)
-        return {
-            "date": f"{self.date:%Y-%m-%d %H:%M:%S}",
-            "model": self.model,
-            "hardware": dict(self.hardware),
-            "placement": PLACE,
-            "options": asdict(self.options),
-            "pace": asdict(self.pace),
-            "trace": {n: m.phase.digest for n, m in self.rounds[0].measured.items()},
-            "criterion": comparison.CRITERION,
-            "goodput_limits_ms": limits,
-            "chosen_chunk": {mode: runs[0].chunk for mode, runs in rounds.items()},
-            "best_chunk_by_goodput": self.by_goodput,
-            "probes_agree": self.probes_agree,
-            "answers_differing": comparison.differing((*self.sweep, *self.rounds)),
-            "medians": {m: comparison.medians(runs, limits) for m, runs in rounds.items()},
-            "sweep": [run.to_json(limits) for run in self.sweep],
-            "rounds": [run.to_json(limits) for run in self.rounds],
-        }
 
 
 def main(argv: Sequence[str]) -> int:
@@ -144,6 +64,7 @@ async def compare(options: CompareOptions) -> Comparison:
     """Everything from the model to the last round. Raises StartError; no process outlives it."""
     with contextlib.ExitStack() as held:
         base, directory = _model(options, held)
+        name = "baton-tiny" if directory == BUILT_IN else directory.resolve().name
         ids = LocalVocabulary(directory).ids
         writer = Writer(ids, options.sizes, options.seed)
         bench = Bench(base, writer)
@@ -153,13 +74,13 @@ async def compare(options: CompareOptions) -> Comparison:
         if not (pace.rate and pace.long_every):
             pace = await bench.calibrate(three[0], max(options.chunks), pace)
         sweep = await _sweep(bench, options, three, pace)
-        points = _by_mode(sweep)
+        points = by_mode(sweep)
         chosen = {
-            mode.name: comparison.choose(points[mode.name]).chunk if points else options.chunks[0]
+            mode.name: choose(points[mode.name]).chunk if points else options.chunks[0]
             for mode in three
         }
         rounds = await _rounds(bench, options, three, pace, chosen)
-    return Comparison(options, directory.name, hardware, date, pace, tuple(sweep), tuple(rounds))
+    return Comparison(options, name, hardware, date, pace, tuple(sweep), tuple(rounds))
 
 
 async def _sweep(
@@ -192,12 +113,16 @@ async def _rounds(
         LOADED: writer.steady(LOADED, pace, seconds=loaded_s, longs=sizes.longs),
         FLOOD: writer.at_once(FLOOD, chats=sizes.flood_chats, longs=sizes.flood_longs),
     }
-    runs = []
-    for number in range(options.rounds):
-        first = number % len(three)
-        for mode in (*three[first:], *three[:first]):
-            runs.append(await bench.run(mode, chosen[mode.name], number + 1, phases))  # noqa: PERF401
-    return runs
+    return [
+        await bench.run(mode, chosen[mode.name], number + 1, phases)
+        for number in range(options.rounds)
+        for mode in _turn(three, number)
+    ]
+
+
+def _turn(three: Sequence[Mode], number: int) -> tuple[Mode, ...]:
+    first = number % len(three)
+    return (*three[first:], *three[:first])
 
 
 class Bench:
@@ -298,13 +223,6 @@ def _model(options: CompareOptions, held: contextlib.ExitStack) -> tuple[WorkerC
         log_level="error",
     )
     return base, directory
-
-
-def _by_mode(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    by_mode: dict[str, list[Run]] = {}
-    for run in runs:
-        by_mode.setdefault(run.mode, []).append(run)
-    return by_mode
 
 
 def _tell(run: Run) -> None:

@@ -27,7 +27,7 @@ class CompareOptions:
     rate: float = 0.0
     long_every: float = 0.0
     sizes: Sizes = field(default_factory=Sizes)
-    sweep_longs: int = 2
+    sweep_longs: int = 3
     kv_cache_memory_bytes: int = 512 << 20
     goodput: dict[str, float] = field(default_factory=dict)
     seed: int = 0

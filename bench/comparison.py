@@ -1,164 +1,110 @@
-"""Comparison: what every run of every mode measured -> the chosen chunk sizes, the table, the JSON.
-
-ITL and TPOT are those of the short chats, the streams that somebody watches; long prompts have
-their own TTFT. Definitions are those of `bench serve`. Times in seconds inside, in ms where shown.
-"""
+"""Comparison: the whole result of `baton bench compare` -> the table and the JSON."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from typing import Any, Final
 
-from bench.client import Record
-from bench.report import is_good, percentile
-from bench.trace import CHAT, FLOOD, LOADED, LONG, QUIET, Phase
+from bench import measured
+from bench.compare_flags import CompareOptions
+from bench.measured import Run
+from bench.trace import FLOOD, LOADED, PROBES, QUIET, Pace
 
-Numbers = dict[str, float]
+CALM: Final = 0.5
+"""A load average above this, before we begin, is somebody else's."""
 
-PATIENCE: Final = 2.0
-CRITERION: Final = (
-    f"no failed request, TTFT p50 of the long prompts at most {PATIENCE:g} x the mode's best; "
-    "of these the lowest chat ITL p99 under load"
-)
-TTFT_SLACK: Final = 5.0
-TPOT_SLACK: Final = 1.5
+PLACE: Final = "gateway and client unpinned in every mode, beside the pinned workers"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A phase as one mode went through it; records in the order of the phase's asks."""
+class Comparison:
+    """All that was measured, and what it was measured on."""
 
-    phase: Phase
-    records: tuple[Record, ...]
-    duration: float
+    options: CompareOptions
+    model: str
+    hardware: Mapping[str, Any]
+    date: datetime
+    pace: Pace
+    sweep: tuple[Run, ...]
+    rounds: tuple[Run, ...]
 
-    def of(self, kind: str) -> list[Record]:
-        """The completed requests of one kind."""
-        pairs = zip(self.phase.asks, self.records, strict=True)
-        return [record for ask, record in pairs if ask.kind == kind and record.ok]
+    @property
+    def limits_ms(self) -> dict[str, float]:
+        return dict(self.options.goodput) or measured.default_limits(self.rounds)
 
-    def numbers(self) -> Numbers:
-        """Flat, so that rounds can be reduced key by key. Absent kinds have no keys."""
-        done = [record for record in self.records if record.ok]
-        chats, longs = self.of(CHAT), self.of(LONG)
-        last = self.phase.asks[-1].at
-        gaps = [gap for record in chats for gap in record.itls]
-        found: Numbers = {
-            "duration_s": self.duration,
-            "drain_s": self.duration - last,
-            "completed": len(done),
-            "failed": len(self.records) - len(done),
-            "request_throughput": len(done) / self.duration,
-            "output_throughput": sum(record.output_tokens for record in done) / self.duration,
-        }
-        found |= _spread("chat_itl", gaps)
-        found |= _spread("chat_tpot", [record.tpot for record in chats])
-        found |= _spread("chat_ttft", [record.ttft for record in chats])
-        return found | _spread("long_ttft", [record.ttft for record in longs])
-
-    def goodput(self, limits_ms: Mapping[str, float]) -> float:
-        """Chats per second that met every limit."""
-        good = sum(is_good(record, limits_ms) for record in self.of(CHAT))
-        return good / self.duration
-
-
-@dataclass(frozen=True)
-class Run:
-    """One start of one mode: `round` 0 is the sweep's."""
-
-    mode: str
-    chunk: int
-    round: int
-    ready_s: float
-    measured: Mapping[str, Measured]
-
-    def to_json(self, limits_ms: Mapping[str, float]) -> dict[str, Any]:
-        phases = {}
-        for name, measured in self.measured.items():
-            phases[name] = {
-                **{key: round(value, 4) for key, value in measured.numbers().items()},
-                "goodput": round(measured.goodput(limits_ms), 4),
-                "errors": Counter(record.error for record in measured.records if not record.ok),
-                "requests": [
-                    _request(ask.kind, ask.at, record)
-                    for ask, record in zip(measured.phase.asks, measured.records, strict=True)
-                ],
-            }
+    @property
+    def by_goodput(self) -> dict[str, int]:
         return {
-            "mode": self.mode,
-            "chunk": self.chunk,
-            "round": self.round,
-            "ready_s": round(self.ready_s, 3),
-            "phases": phases,
+            mode: measured.choose_by_goodput(points, self.limits_ms).chunk
+            for mode, points in by_mode(self.sweep).items()
+        }
+
+    @property
+    def probes_agree(self) -> bool:
+        """Whether the greedy answers to the fixed prompts were the same in every mode and run."""
+        probes = [
+            replace(run, measured={PROBES: run.measured[PROBES]})
+            for run in (*self.sweep, *self.rounds)
+        ]
+        complete = all(r.ok for run in probes for r in run.measured[PROBES].records)
+        return complete and measured.differing(probes) == 0
+
+    def table(self) -> str:
+        limits = ", ".join(f"{name} <= {limit:g} ms" for name, limit in self.limits_ms.items())
+        options, different = self.options, measured.differing((*self.sweep, *self.rounds))
+        return "\n".join(
+            (
+                f"model {self.model}, cores {' and '.join(map(str, options.cores))}, "
+                f"medians of {options.rounds} rounds; {PLACE}",
+                f"chats {options.sizes.chat_prompt} + {options.sizes.chat_answer} tokens at "
+                f"{self.pace.rate:.2f}/s, long prompts {options.sizes.long_prompt} + "
+                f"{options.sizes.long_answer} tokens every {self.pace.long_every:.1f} s",
+                f"chunk size of a mode: {measured.CRITERION}",
+                f"a good chat: {limits}",
+                *self._warnings(),
+                "",
+                _table(self.rounds, self.limits_ms, self.by_goodput),
+                "",
+                f"greedy answers to the probes agree in all modes: {self.probes_agree}; "
+                f"of all answers {different} differ from the first mode's",
+            )
+        )
+
+    def _warnings(self) -> list[str]:
+        before = self.hardware["load_average_before"]
+        busy = f"the machine was busy before we began (load average {before}): do not quote this"
+        return [busy] if before > CALM else []
+
+    def to_json(self) -> dict[str, Any]:
+        limits = self.limits_ms
+        rounds = by_mode(self.rounds)
+        return {
+            "date": f"{self.date:%Y-%m-%d %H:%M:%S}",
+            "model": self.model,
+            "hardware": dict(self.hardware),
+            "placement": PLACE,
+            "options": asdict(self.options),
+            "pace": asdict(self.pace),
+            "trace": {n: one.phase.digest for n, one in self.rounds[0].measured.items()},
+            "criterion": measured.CRITERION,
+            "goodput_limits_ms": limits,
+            "chosen_chunk": {mode: runs[0].chunk for mode, runs in rounds.items()},
+            "best_chunk_by_goodput": self.by_goodput,
+            "probes_agree": self.probes_agree,
+            "answers_differing": measured.differing((*self.sweep, *self.rounds)),
+            "medians": {m: measured.medians(runs, limits) for m, runs in rounds.items()},
+            "sweep": [run.to_json(limits) for run in self.sweep],
+            "rounds": [run.to_json(limits) for run in self.rounds],
         }
 
 
-def choose(sweep: Sequence[Run]) -> Run:
-    """The chunk size to hold against the others, from one mode's sweep. See CRITERION.
-
-    When every point failed some requests, those with the fewest failures are compared.
-    """
-    found = {run.chunk: run.measured[LOADED].numbers() for run in sweep}
-    fewest = min(numbers["failed"] for numbers in found.values())
-    whole = [run for run in sweep if found[run.chunk]["failed"] == fewest]
-
-    def ttft(run: Run) -> float:
-        return found[run.chunk].get("long_ttft_p50_ms", math.inf)
-
-    patient = PATIENCE * min(map(ttft, whole))
-    fit = [run for run in whole if ttft(run) <= patient]
-    return min(fit, key=lambda run: (found[run.chunk].get("chat_itl_p99_ms", math.inf), run.chunk))
-
-
-def choose_by_goodput(sweep: Iterable[Run], limits_ms: Mapping[str, float]) -> Run:
-    """What the sweep would have chosen by goodput; shown beside, never used."""
-    return max(sweep, key=lambda run: (run.measured[LOADED].goodput(limits_ms), -run.chunk))
-
-
-def medians(rounds: Iterable[Run], limits_ms: Mapping[str, float]) -> dict[str, Numbers]:
-    """Per phase and key, the median over one mode's rounds."""
-    by_phase: dict[str, dict[str, list[float]]] = {}
-    for run in rounds:
-        for name, measured in run.measured.items():
-            found = measured.numbers() | {"goodput": measured.goodput(limits_ms)}
-            values = by_phase.setdefault(name, {})
-            for key, value in found.items():
-                values.setdefault(key, []).append(value)
-    return {
-        name: {key: round(median(many), 4) for key, many in values.items()}
-        for name, values in by_phase.items()
-    }
-
-
-def default_limits(rounds: Sequence[Run]) -> dict[str, float]:
-    """Limits that every mode meets when it is quiet, from the slowest mode's own quiet medians."""
-    modes = dict.fromkeys(run.mode for run in rounds)
-    quiet = [medians((r for r in rounds if r.mode == mode), {})[QUIET] for mode in modes]
-    slowest = {
-        name: max(numbers.get(f"chat_{name}_p50_ms", 0.0) for numbers in quiet)
-        for name in ("ttft", "tpot")
-    }
-    return {
-        "ttft": float(math.ceil(TTFT_SLACK * slowest["ttft"])),
-        "tpot": float(math.ceil(TPOT_SLACK * slowest["tpot"])),
-    }
-
-
-def differing(runs: Sequence[Run]) -> int:
-    """How many answers are not, word for word, those of the first run that was asked the same."""
-    first: dict[tuple[str, int], str] = {}
-    different = 0
+def by_mode(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
     for run in runs:
-        for measured in run.measured.values():
-            for number, record in enumerate(measured.records):
-                if record.ok:
-                    text = first.setdefault((measured.phase.digest, number), record.text)
-                    different += text != record.text
-    return different
+        found.setdefault(run.mode, []).append(run)
+    return found
 
 
 _ROWS: Final[tuple[tuple[str, str, str], ...]] = (
@@ -173,12 +119,14 @@ _ROWS: Final[tuple[tuple[str, str, str], ...]] = (
 _WIDTH: Final = 14
 
 
-def table(
+def _table(
     rounds: Sequence[Run], limits_ms: Mapping[str, float], by_goodput: Mapping[str, int]
 ) -> str:
     """Modes as columns; each loaded ITL beside the mode's own quiet one, and their ratio."""
     modes = list(dict.fromkeys(run.mode for run in rounds))
-    found = {mode: medians((r for r in rounds if r.mode == mode), limits_ms) for mode in modes}
+    found = {
+        mode: measured.medians((r for r in rounds if r.mode == mode), limits_ms) for mode in modes
+    }
     chunks = {run.mode: run.chunk for run in rounds}
 
     def line(label: str, cell: Callable[[str], str]) -> str:
@@ -225,26 +173,3 @@ def _failed(rounds: Iterable[Run], mode: str) -> int:
         for measured in run.measured.values()
         for record in measured.records
     )
-
-
-def _spread(name: str, seconds: Sequence[float]) -> Numbers:
-    if not seconds:
-        return {}
-    ordered = sorted(1000 * value for value in seconds)
-    found = {f"{name}_p{percent}_ms": percentile(ordered, percent) for percent in (50, 90, 99)}
-    return {**found, f"{name}_max_ms": ordered[-1]}
-
-
-def _request(kind: str, at: float, record: Record) -> dict[str, Any]:
-    """What is kept of a request; its gaps are reduced to the longest."""
-    return {
-        "kind": kind,
-        "at_s": round(at, 3),
-        "ttft_ms": round(1000 * record.ttft, 2),
-        "tpot_ms": round(1000 * record.tpot, 2),
-        "e2el_ms": round(1000 * record.latency, 2),
-        "itl_max_ms": round(1000 * max(record.itls, default=0.0), 2),
-        "prompt_tokens": record.prompt_tokens,
-        "output_tokens": record.output_tokens,
-        "error": record.error,
-    }

@@ -86,7 +86,8 @@ async def running(mode: Mode, chunk: int, base: WorkerConfig) -> AsyncIterator[s
     url = f"http://127.0.0.1:{port}"
     try:
         for arguments in commands(mode, chunk, base, port, grpc_port):
-            children.append(await _start(arguments))
+            # One by one: what has been started must be known here when the next one fails.
+            children.append(await _start(arguments))  # noqa: PERF401
         await _until_ready(url, len(mode.seats), children)
         yield url
     finally:

@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Final
 
 from bench.load import arrival_times
@@ -22,6 +23,7 @@ LONG: Final = "long"
 QUIET: Final = "quiet"
 LOADED: Final = "loaded"
 FLOOD: Final = "flood"
+PROBES: Final = "probes"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Sizes:
     long_prompt: int = 1500
     long_answer: int = 8
     quiet_s: float = 6.0
-    longs: int = 4
+    longs: int = 6
     flood_chats: int = 16
     flood_longs: int = 2
 
@@ -76,7 +78,7 @@ class Phase:
     name: str
     asks: tuple[Ask, ...]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Tells whether two runs were asked the same."""
         asks = json.dumps([asdict(ask) for ask in self.asks])
@@ -107,11 +109,11 @@ class Writer:
 
     def probes(self) -> Phase:
         """A few fixed prompts, from one token to several chunks, whose answers must agree."""
-        rng = self._rng("probes")
+        rng = self._rng(PROBES)
         longest = self._sizes.long_prompt
         lengths = (1, 7, self._sizes.chat_prompt, max(1, longest // 4))
         tokens = self._sizes.chat_answer
-        return Phase("probes", tuple(Ask(0.0, CHAT, self._draw(n, rng), tokens) for n in lengths))
+        return Phase(PROBES, tuple(Ask(0.0, CHAT, self._draw(n, rng), tokens) for n in lengths))
 
     def _chat(self, at: float, rng: random.Random) -> Ask:
         prompt = self._draw(self._sizes.chat_prompt, rng)

@@ -68,7 +68,6 @@ class GatewayConfig(Common):
 class WorkerOptions(Common):
     """What all workers of a launch share."""
 
-    device: str = option("cpu", "cpu or cuda")
     dtype: str = option("auto", "auto, float32, float16 or bfloat16")
     load_format: str = option("auto", "auto, or dummy for random weights of the model's shape")
     seed: int = option(0, "of dummy weights")
@@ -80,7 +79,7 @@ class WorkerOptions(Common):
     enable_prefix_caching: bool = option(True, "keep the KV of past prompts for shared prefixes")
     threads: int = option(1, "CPU threads of the step loop")
     lease: float = option(10.0, "seconds a promised landing waits for its KV and its start")
-    chunk_bytes: int = option(1 << 20, "KV bytes that one pushed chunk aims at")
+    chunk_bytes: int = option(2 << 20, "KV bytes that one pushed chunk aims at")
     credit_bytes: int = option(64 << 20, "unacknowledged KV bytes per link")
 
 

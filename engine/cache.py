@@ -45,6 +45,7 @@ class KVCache:
         self.blocks = blocks
         self.block_size = block_size
         self.device = torch.device(device)
+        self._on_host = self.device.type == "cpu"  # then numpy moves the bytes, without the GIL
         self._itemsize = _DTYPES[layout.dtype].itemsize
         slots = blocks * block_size
         self._groups = [
@@ -92,7 +93,7 @@ class KVCache:
     def gather(self, layers: range, slots: Slots, heads: range | None = None) -> memoryview:
         """A copy of these slots as wire bytes [layers, 2, tokens, kv_heads, head_dim]."""
         tensor = self._part(layers)
-        if self.device.type == "cpu":
+        if self._on_host:
             # All heads first: of a view with gaps numpy's take would copy the whole cache.
             out = np.take(_raw(tensor), slots, axis=2)
         else:
@@ -112,7 +113,7 @@ class KVCache:
         source = np.frombuffer(payload, dtype=np.uint8).reshape(
             *shape[:-1], shape[-1] * self._itemsize
         )
-        if self.device.type == "cpu":
+        if self._on_host:
             _raw(tensor)[:, :, slots] = source
         else:
             # Copied on the host first: a frame off the network is read-only, torch wants it not.

@@ -188,7 +188,7 @@ def _parts(config: WorkerConfig, directory: Path, model: LoadedModel) -> Parts:
         config=config,
         hello=hello,
         windows=shape.windows,
-        cache=KVCache(layout, blocks, config.block_size, config.device),
+        cache=KVCache(layout, blocks, config.block_size),
         pool=pool,
         allocator=Allocator(
             pool, lambda salt: root_key(fingerprint, salt), config.enable_prefix_caching
@@ -226,7 +226,6 @@ def _load(config: WorkerConfig, directory: Path) -> LoadedModel:
     return load_model(
         directory,
         dtype=config.dtype,
-        device=config.device,
         load_format=config.load_format,
         seed=config.seed,
         progress=shown,

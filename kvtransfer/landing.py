@@ -49,7 +49,7 @@ class Site:
     landing: Landing
     request: Request
     attempt: int
-    keys: Sequence[bytes]
+    keys: Sequence[bytes]  # of the full blocks
     blocks: list[Block]
     found: int  # how many blocks the prefix cache had
     expires: float
@@ -118,7 +118,8 @@ class Landings:
             if site.state is LandingState.PROMISED and site.request.tokens == request.tokens:
                 return self._rearm(site, attempt, now)
             self._release(site, "replaced")
-        blocks = self._pool.match(keys[: len(request.tokens) // self._pool.block_size])
+        keys = keys[: len(request.tokens) // self._pool.block_size]
+        blocks = self._pool.match(keys)
         found = len(blocks)
         try:
             needed = -(-len(request.tokens) // self._pool.block_size)
@@ -277,9 +278,8 @@ class Landings:
         site.state = advance_landing(site.state, LandingState.SEALED)
         site.expires = now + self._lease_s
         self._pool.adopt(site.blocks[site.found :])
-        full = len(site.request.tokens) // self._pool.block_size
-        for block, key in list(zip(site.blocks, site.keys, strict=False))[site.found : full]:
-            self._pool.publish(block, key)
+        for number in range(site.found, len(site.keys)):
+            self._pool.publish(site.blocks[number], site.keys[number])
         self.counters["sealed"] += 1
 
     def _release(self, site: Site, why: str) -> None:

@@ -38,6 +38,8 @@ from kvtransfer.frames import (
     encode,
 )
 
+ANSWER_TIMEOUT_S = 5.0
+"""A peer that is alive answers between two of its steps; a step may be long, but not so long."""
 RESENDS = 2
 """How often a body that arrived damaged is sent again."""
 
@@ -150,7 +152,7 @@ class FramedLink:
         peer: Peer,
         *,
         open_timeout: float = 2.0,
-        answer_timeout: float = 5.0,
+        answer_timeout: float = ANSWER_TIMEOUT_S,
     ) -> None:
         self.peer = peer
         self.resent = 0

@@ -20,7 +20,7 @@ from zmq.utils.monitor import parse_monitor_message
 from cluster.errors import StartError, WorkerLost
 from cluster.messages import Hello, Peer
 from kvtransfer.frames import MAX_BODY, Buffer
-from kvtransfer.link import FramedLink
+from kvtransfer.link import ANSWER_TIMEOUT_S, FramedLink
 from kvtransfer.receiver import Receiver
 
 HEARTBEAT_MS = 200
@@ -131,10 +131,14 @@ class ZmqWire:
 
 
 def link_to(
-    context: zmq.Context[zmq.Socket[bytes]], address: str, hello: Hello, peer: Peer
+    context: zmq.Context[zmq.Socket[bytes]],
+    address: str,
+    hello: Hello,
+    peer: Peer,
+    answer_timeout: float = ANSWER_TIMEOUT_S,
 ) -> FramedLink:
     """A Link, not yet open, from the worker that `hello` describes to `peer`."""
-    return FramedLink(ZmqWire(context, address), hello, peer)
+    return FramedLink(ZmqWire(context, address), hello, peer, answer_timeout=answer_timeout)
 
 
 class ZmqHost:

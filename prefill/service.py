@@ -76,7 +76,9 @@ class PrefillRoom:
         self._context.destroy(linger=0)
 
     def _connect(self, landing: Landing) -> Link:
-        return link_to(self._context, landing.address, self._parts.hello, landing.peer)
+        return link_to(
+            self._context, landing.address, self._parts.hello, landing.peer, landing.lease_s
+        )
 
     def _released(self, handoff: Handoff, error: BatonError | None, carried: Carried) -> None:
         ended = HandoffEnded(*handoff.key, error, carried.bytes)

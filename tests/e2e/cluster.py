@@ -123,6 +123,12 @@ class Cluster:
         self.processes[name] = process
         return process
 
+    def command(self, *words: str) -> Process:
+        """Any other `baton` command."""
+        name = f"command-{len(self.processes)}"
+        self.processes[name] = Process(name, list(words), self._directory)
+        return self.processes[name]
+
     def __getitem__(self, name: str) -> Process:
         return self.processes[name]
 
@@ -168,9 +174,18 @@ class Cluster:
         )
 
     def until_idle(self, seconds: float) -> dict[str, Any]:
-        """Waits until no worker holds anything of a request: every block is free or cached (R1)."""
+        """Waits until no worker holds anything of a request: every block is free or cached (R1).
+
+        Only what a worker has reported since this was called counts.
+        """
+        before = {worker["name"]: worker["progress"] for worker in self.status()["workers"]}
         return self.until(
-            lambda status: all(map(at_rest, status["workers"])), "every block given back", seconds
+            lambda status: all(
+                at_rest(worker) and worker["progress"] != before.get(worker["name"])
+                for worker in status["workers"]
+            ),
+            "every block given back",
+            seconds,
         )
 
     def _account(self, status: dict[str, Any]) -> str:

@@ -103,7 +103,9 @@ def test_choices_have_noise_of_their_own(
     fields = FIELDS["temperature"]
     body = complete(cluster.url, cluster.model, prompts, n=3, **ASKED, **fields)
     wanted = [
-        reference.answer(prompt, COUNT, choice, **fields) for prompt in prompts for choice in (0, 1, 2)
+        reference.answer(prompt, COUNT, choice, **fields)
+        for prompt in prompts
+        for choice in (0, 1, 2)
     ]
     assert [choice["token_ids"] for choice in body["choices"]] == wanted
     assert len({tuple(answer) for answer in wanted}) == 6
@@ -127,7 +129,7 @@ def test_cached_prefixes_change_nothing(
 ) -> None:
     """Twice the same prompt, then others that share most of it."""
     prompt = prompt_of(200, vocab)
-    prompts = [prompt, prompt, prompt + [9, 8, 7], prompt[:150] + [5] * 20, prompt[:64]]
+    prompts = [prompt, prompt, [*prompt, 9, 8, 7], prompt[:150] + [5] * 20, prompt[:64]]
     cached = []
     for asked in prompts:
         body = complete(cluster.url, cluster.model, asked, **ASKED, **FIELDS["top_p"])

@@ -62,10 +62,14 @@ def test_wire_bytes_are_layers_then_kv_then_tokens_then_heads(dtype: str) -> Non
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("here", "there"), [(16, 64), (64, 16), (1, 5), (7, 3)])
-def test_content_survives_a_move_between_block_sizes(dtype: str, here: int, there: int) -> None:
+@pytest.mark.parametrize("on_host", [True, False])  # False: the way of a device, here on the host
+def test_content_survives_a_move_between_block_sizes(
+    dtype: str, here: int, there: int, on_host: bool
+) -> None:
     layout, tokens = KVLayout(GROUPS, dtype), 130
     source = filled(KVCache(layout, 256 // here + 1, here))
     target = KVCache(layout, 256 // there + 1, there)
+    source._on_host = target._on_host = on_host
     order = np.random.default_rng(2)
     slots = [
         cache.slots_of(blocks(*order.permutation(cache.blocks)), 0, tokens)
@@ -81,9 +85,11 @@ def test_content_survives_a_move_between_block_sizes(dtype: str, here: int, ther
             assert not moved[elsewhere].any()
 
 
-def test_a_range_of_heads_touches_only_those() -> None:
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_range_of_heads_touches_only_those(on_host: bool) -> None:
     layout = KVLayout((LayerGroup(2, 5, 3),), "float16")
     source, target = filled(KVCache(layout, 4, 4)), KVCache(layout, 4, 4)
+    source._on_host = target._on_host = on_host
     slots, layers, heads = source.slots_of(blocks(1, 2), 0, 7), range(1, 2), range(1, 4)
     payload = source.gather(layers, slots, heads)
     assert len(payload) == 7 * source.token_bytes(layers, heads)

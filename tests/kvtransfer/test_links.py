@@ -395,6 +395,17 @@ async def test_credit_is_first_come_first_served() -> None:
     assert credit.free == 0
 
 
+async def test_who_waits_behind_one_that_gives_up_is_served() -> None:
+    credit = Credit(10)
+    await credit.take(8)
+    large = asyncio.create_task(credit.take(9))
+    small = asyncio.create_task(credit.take(2))
+    await asyncio.sleep(0)
+    large.cancel()
+    await small
+    assert credit.free == 0
+
+
 async def test_credit_served_and_cancelled_in_one_breath_is_given_back() -> None:
     credit = Credit(10)
     await credit.take(10)

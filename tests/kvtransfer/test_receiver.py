@@ -73,6 +73,12 @@ def test_strangers_reach_nothing_and_are_told(net: Net) -> None:
     assert [type(fields) for _, _, fields, _ in net.sent] == [Bye, Bye]
 
 
+def test_a_stranger_gets_no_answer_to_a_damaged_body(net: Net) -> None:
+    net.receiver.take(b"r", [encode(1, CHUNK, b"body")[0], b"bodY"])
+    assert net.sent == []
+    assert net.receiver.counters["damaged"] == net.receiver.counters["bad_frames"] == 1
+
+
 def test_fuzz_is_dropped_counted_and_cut_after_ten(net: Net) -> None:
     net.greet(b"r")
     random = Random(1)

@@ -1,0 +1,567 @@
+"""A whole cluster in one process on virtual time, with a model that finds every KV fault.
+
+Real: pools, sequencer, sessions, worker services, stages, allocators, paged caches, attention,
+senders, framed links, receivers, landings. Made here: lines with seeded delays in place of gRPC and
+ZeroMQ, one task a worker in place of its step thread, and a model whose next token is a hash of the
+keys and values of its whole context.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, suppress
+from functools import partial
+from hashlib import blake2b
+from random import Random
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from cluster.messages import (
+    BOTH,
+    DECODE,
+    PREFILL,
+    Fingerprint,
+    Hello,
+    KVLayout,
+    Landing,
+    LayerGroup,
+    Order,
+    Peer,
+    Report,
+    Request,
+    Sampling,
+    Token,
+)
+from cluster.worker import REJOIN_S, WorkerService
+from decode.stage import DecodeStage
+from engine import loop
+from engine.allocator import Allocator
+from engine.batch import Batch
+from engine.blocks import BlockPool, root_key
+from engine.cache import KVCache
+from engine.models.decoder import Attend
+from engine.sampler import Sampled
+from engine.worker import TICK_S
+from gateway.pools import Pools, serve_membership
+from gateway.sequencer import Sequencer, Watch
+from kvtransfer.frames import Buffer, decode
+from kvtransfer.landing import Landings
+from kvtransfer.link import FramedLink, Link
+from kvtransfer.receiver import Receiver
+from kvtransfer.sender import Sender
+from prefill.service import Across
+from prefill.stage import HandoffEnded, PrefillStage
+from tests.virtual import clock
+
+LAYOUT = KVLayout((LayerGroup(2, 1, 4), LayerGroup(1, 2, 4, window=8)), "float32")
+WINDOWS = (0, 0, 8)
+FINGERPRINT = Fingerprint("config", "weights")
+VOCAB = 997
+
+torch.set_num_threads(1)  # its tensors are far too small for more
+
+
+def next_token(tokens: list[int], seed: int) -> int:
+    digest = blake2b(array("q", [seed, *tokens]).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % VOCAB
+
+
+def expected(request: Request) -> list[int]:
+    """The answer, from the prompt alone."""
+    tokens, sampling = list(request.tokens), request.sampling
+    answer: list[int] = []
+    while len(answer) < sampling.max_tokens:
+        token = next_token(tokens, sampling.seed)
+        answer.append(token)
+        tokens.append(token)
+        if token in sampling.stop_token_ids:
+            break
+    return answer
+
+
+def ask_for(name: str, prompt: int | range | list[int], max_tokens: int = 8, **sampling: Any) -> Request:
+    """A request; a prompt given as a number is that many tokens that nobody else has."""
+    if isinstance(prompt, int):
+        random = Random(name)
+        prompt = [random.randrange(VOCAB) for _ in range(prompt)]
+    return Request(name, tuple(prompt), Sampling(max_tokens=max_tokens, **sampling))
+
+
+class HashRunner:
+    """Writes (token, position, layer) as keys and values; reads all of it back for a next token."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self.faults: list[str] = []
+        self.steps: list[tuple[int, ...]] = []  # the token counts of each step's segments
+        self.explode = False
+
+    def forward(self, batch: Batch, attend: Attend) -> list[Sampled]:
+        self.steps.append(tuple(segment.count for segment in batch.segments))
+        if self.explode:
+            raise RuntimeError("the device is on fire")
+        layer = 0
+        for group in LAYOUT.groups:
+            for _ in range(group.layers):
+                kv = _content(batch.tokens, batch.positions, layer)
+                kv = kv[:, None].expand(-1, group.kv_heads, -1).contiguous()
+                q = torch.zeros(len(kv), 2 * group.kv_heads, group.head_dim)
+                assert attend(layer, q, kv, -kv).shape == q.shape
+                layer += 1
+        last = {segment.rows.stop - 1: segment for segment in batch.segments}
+        contexts = [last[row].slots for row in batch.sampled_rows.tolist()]
+        return [
+            Sampled(next_token(self._read(slots), sequence.request.sampling.seed), ())
+            for slots, sequence in zip(contexts, batch.samples, strict=True)
+        ]
+
+    def _read(self, slots: torch.Tensor) -> list[int]:
+        """The tokens that the cache says are the context, which need not be the true ones."""
+        tokens = self._cache.keys(0)[slots][:, 0, 0].to(torch.int64)
+        for layer in range(LAYOUT.layers):
+            content = _content(tokens, torch.arange(len(slots)), layer)[:, None]
+            keys, values = self._cache.keys(layer)[slots], self._cache.values(layer)[slots]
+            if not ((keys == content).all() and (values == -content).all()):
+                wrong = (keys != content).flatten(1).any(1).nonzero().flatten().tolist()
+                self.faults.append(f"layer {layer}: KV of tokens {wrong} of {len(slots)} is wrong")
+        return [int(token) for token in tokens]
+
+
+def _content(tokens: torch.Tensor, positions: torch.Tensor, layer: int) -> torch.Tensor:
+    """[tokens, 4]; ones set it apart from a cache that was never written."""
+    ones = torch.ones(len(tokens))
+    return torch.stack([tokens.float(), positions.float(), ones * layer, ones], dim=1)
+
+
+class Line:
+    """Delivers in order after a random delay, until it is cut."""
+
+    def __init__(self, cluster: Cluster, deliver: Callable[[Any], None]) -> None:
+        self._cluster = cluster
+        self._deliver = deliver
+        self._last = 0.0
+        self._cut = False
+
+    def send(self, item: Any) -> None:
+        if self._cut or self._cluster.loses(item):
+            return
+        self._last = max(self._last, clock() + self._cluster.delay())
+        asyncio.get_running_loop().call_at(self._last, self._arrive, item)
+
+    def cut(self) -> None:
+        self._cut = True
+
+    def _arrive(self, item: Any) -> None:
+        if not self._cut:
+            self._deliver(item)
+
+
+class Stream:
+    """A gateway's session with a worker: orders one way, reports the other, None at the end."""
+
+    def __init__(self, cluster: Cluster, worker: Worker) -> None:
+        self._worker = worker
+        self._orders: asyncio.Queue[Order | None] = asyncio.Queue()
+        self._reports: asyncio.Queue[Report | None] = asyncio.Queue()
+        self._there = Line(cluster, self._orders.put_nowait)
+        self._back = Line(cluster, self._reports.put_nowait)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def carry(self, orders: AsyncIterator[Order]) -> AsyncIterator[Report]:
+        """The gateway's end."""
+        tasks = [asyncio.create_task(self._send(orders)), asyncio.create_task(self._serve())]
+        self._tasks = tasks
+        self._worker.streams.append(self)
+        try:
+            while (report := await self._reports.get()) is not None:
+                yield report
+        finally:
+            self._worker.streams.remove(self)
+            tasks[0].cancel()
+            self._there.cut()
+            self._orders.put_nowait(None)
+
+    def break_off(self) -> None:
+        """The worker died: its end runs no further, the gateway's end is told."""
+        self._there.cut()
+        self._back.cut()
+        self._tasks[1].cancel()
+        self._reports.put_nowait(None)
+
+    async def _send(self, orders: AsyncIterator[Order]) -> None:
+        async for order in orders:
+            self._there.send(order)
+
+    async def _serve(self) -> None:
+        async with aclosing(self._worker.service.session(self._taken())) as reports:  # type: ignore[type-var]
+            async for report in reports:
+                self._back.send(report)
+        self._reports.put_nowait(None)
+
+    async def _taken(self) -> AsyncIterator[Order]:
+        while (order := await self._orders.get()) is not None:
+            yield order
+
+
+class LineWire:
+    """A Wire to a decode worker in the same process."""
+
+    def __init__(self, cluster: Cluster, worker: Worker | None) -> None:
+        self._worker = worker
+        self._route = f"{cluster.number()}".encode()
+        self._there = Line(cluster, self._arrive)
+        self._back = Line(cluster, self._answer)
+
+    async def open(
+        self, received: Callable[[list[Buffer]], None], lost: Callable[[str], None]
+    ) -> None:
+        self._received, self._lost = received, lost
+        if self._worker is None or not self._worker.alive:
+            lost("connection refused")
+        else:
+            self._worker.wires[self._route] = self
+
+    def send(self, parts: tuple[Buffer, Buffer]) -> None:
+        self._there.send([bytes(part) for part in parts])
+
+    def answer(self, parts: tuple[Buffer, Buffer]) -> None:
+        self._back.send([bytes(part) for part in parts])
+
+    def close(self) -> None:
+        """What was sent before still arrives, as it does over TCP."""
+        if self._worker is not None:
+            self._worker.wires.pop(self._route, None)
+        self._back.cut()
+
+    def fail(self) -> None:
+        self._there.cut()
+        self.close()
+        self._lost("connection lost")
+
+    def _arrive(self, parts: list[Buffer]) -> None:
+        if self._worker is not None and self._worker.alive:
+            self._worker.receiver.take(self._route, parts)
+
+    def _answer(self, parts: list[Buffer]) -> None:
+        self._received(parts)
+
+
+class Worker:
+    """One worker: its service, its stage and, by role, its sender or receiver."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        role: str,
+        name: str,
+        *,
+        blocks: int = 64,
+        block_size: int = 4,
+        budget: int = 16,
+        max_sequences: int = 64,
+        lease: float = 10.0,
+        step_s: float = 0.01,
+        chunk_bytes: int = 256,
+        credit: int = 1 << 16,
+        caching: bool = True,
+    ) -> None:
+        self._cluster = cluster
+        self._step_s = step_s
+        self.role = role
+        self.alive = True
+        self.frozen = False
+        self.left = asyncio.Event()  # it has drained
+        self.streams: list[Stream] = []
+        self.wires: dict[bytes, LineWire] = {}
+        self.pool = BlockPool(blocks, block_size)
+        self.allocator = Allocator(self.pool, partial(root_key, FINGERPRINT), caching)
+        self.cache = KVCache(LAYOUT, blocks, block_size)
+        self.runner = HashRunner(self.cache)
+        peer = Peer(name, cluster.number())
+        address = f"{name}/{peer.incarnation}"
+        self.hello = Hello(
+            peer,
+            role,
+            "hash",
+            FINGERPRINT,
+            LAYOUT,
+            control_address=address,
+            data_address=address if role == DECODE else "",
+            block_size=block_size,
+            blocks=blocks,
+            max_model_len=blocks * block_size,
+        )
+        self.service = WorkerService(self.hello, self.post)
+        self._inbox = loop.Inbox()
+        self._posted = asyncio.Event()
+        later = asyncio.get_running_loop().call_soon
+        self.receiver = Receiver(self.hello, self.post, later, credit)
+        self.receiver.send = self._answer
+        self.sender = Sender(self.cache, self._connect, self._released, chunk_bytes)
+        self.landings = Landings(self.pool, self.cache, peer, address, lease)
+        self.stage: loop.Stage
+        if role == PREFILL:
+            self.stage = PrefillStage(
+                self.cache,
+                self.pool,
+                self.allocator,
+                WINDOWS,
+                Across(self.sender, later),
+                budget=budget,
+                chunk_bytes=chunk_bytes,
+                clock=clock,
+            )
+        else:
+            self.stage = DecodeStage(
+                self.cache,
+                self.pool,
+                self.allocator,
+                WINDOWS,
+                self.landings,
+                budget=budget,
+                max_sequences=max_sequences,
+                clock=clock,
+            )
+        self._tasks = [
+            asyncio.create_task(work, name=f"{name} {work.__name__}")
+            for work in (self._steps(), self._push(), self._join(), self.service.tick(TICK_S))
+        ]
+
+    def post(self, order: Any) -> None:
+        self._inbox.put(order)
+        self._posted.set()
+
+    async def kill(self) -> None:
+        """As kill -9 with the connections reset: nothing of it runs or is answered any more."""
+        self.alive = False
+        for stream in list(self.streams):
+            stream.break_off()
+        for wire in list(self.wires.values()):
+            wire.fail()
+        await self.stop()
+
+    def freeze(self) -> None:
+        """As SIGSTOP: steps and beats cease, connections stay."""
+        self.frozen = True
+
+    def thaw(self) -> None:
+        self.frozen = False
+        self._posted.set()
+
+    async def drain(self) -> None:
+        """As SIGTERM: returns when it has left."""
+        await self.service.drain()
+        await asyncio.sleep(0.1)  # the grace that its server gives to streams
+        await self.kill()
+        self.left.set()
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for result in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if isinstance(result, Exception):
+                raise result
+
+    async def _steps(self) -> None:
+        """engine.loop.run with a task for its thread; a step's time passes before it is told."""
+        progress, busy = 0, False
+        while True:
+            if not busy:
+                await self._posted.wait()
+            while self.frozen:
+                await asyncio.sleep(TICK_S)
+            self._posted.clear()
+            for order in self._inbox.take(wait=False):
+                self.stage.apply(order)
+            busy = loop.step(self.stage, self.runner)
+            progress += 1
+            check_ledger(self)
+            mail, load = self.stage.mail(), self.stage.load(progress)
+            if busy:
+                await asyncio.sleep(self._step_s)
+            self._cluster.trace.append((clock(), self.hello.peer.name, repr(mail)))
+            self.service.tell(mail, load)
+
+    async def _push(self) -> None:
+        async with self.sender:
+            await asyncio.Event().wait()
+
+    async def _join(self) -> None:
+        while True:
+            membership = serve_membership(self._cluster.pools, self._beats(), "gateway")
+            async with aclosing(membership):
+                async for _ in membership:
+                    pass
+            await asyncio.sleep(REJOIN_S)
+
+    async def _beats(self) -> AsyncIterator[Any]:
+        async with aclosing(self.service.membership()) as beats:
+            async for beat in beats:
+                while self.frozen:
+                    await asyncio.sleep(TICK_S)
+                yield beat
+
+    def _connect(self, landing: Landing) -> Link:
+        target = self._cluster.at.get(landing.address)
+        return FramedLink(LineWire(self._cluster, target), self.hello, landing.peer)
+
+    def _answer(self, route: bytes, parts: tuple[Buffer, Buffer]) -> None:
+        if route in self.wires:
+            self.wires[route].answer(parts)
+
+    def _released(self, handoff: Any, error: Any, carried: Any) -> None:
+        self.post(HandoffEnded(*handoff.key, error, carried.bytes))
+
+
+class Cluster:
+    """Used as `async with`; on leaving it stops everything and holds every worker to its ledger."""
+
+    def __init__(self, seed: int = 0, *, delay_s: float = 0.002, **settings: Any) -> None:
+        self.random = Random(seed)
+        self.at: dict[str, Worker] = {}  # by address
+        self.trace: list[tuple[float, str, str]] = []
+        self.lose: Callable[[Any], bool] = lambda item: False
+        self.lost: list[Any] = []
+        self._delay_s = delay_s
+        self._numbers = 0
+        self._settings = settings
+
+    async def __aenter__(self) -> Cluster:
+        self.pools = Pools("hash", FINGERPRINT.config, self._connect)
+        self.sequencer = Sequencer(self.pools, clock=clock, **self._settings)
+        self._watch = asyncio.create_task(self.pools.watch())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._watch
+        for worker in self.workers:
+            await worker.stop()
+            if error is None:
+                assert not worker.runner.faults, worker.runner.faults
+                check_ledger(worker)
+        await self.pools.close()
+        await asyncio.sleep(0.1)  # sessions end
+
+    @property
+    def workers(self) -> list[Worker]:
+        return [worker for worker in self.at.values() if worker.alive]
+
+    def number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    def delay(self) -> float:
+        return self.random.uniform(0, self._delay_s)
+
+    def loses(self, item: Any) -> bool:
+        if isinstance(item, list):
+            item = decode(item).fields
+        if not self.lose(item):
+            return False
+        self.lost.append(item)
+        return True
+
+    def add(self, role: str, name: str, **options: Any) -> Worker:
+        worker = Worker(self, role, name, **options)
+        self.at[worker.hello.control_address] = worker
+        return worker
+
+    async def pair(self, **options: Any) -> tuple[Worker, Worker]:
+        """One prefill and one decode worker that have joined."""
+        pair = self.add(PREFILL, "p", **options), self.add(DECODE, "d", **options)
+        await self.joined(2)
+        return pair
+
+    async def undivided(self, **options: Any) -> Worker:
+        worker = self.add(BOTH, "b", **options)
+        await self.joined(1)
+        return worker
+
+    async def joined(self, count: int) -> None:
+        while len(self.pools.members) < count:
+            await self.pools.changed(timeout=5)
+
+    async def ask(self, request: Request, watch: Watch | None = None) -> list[Token]:
+        tokens: list[Token] = []
+        watch = watch or Watch(arrived=clock())
+        async with aclosing(self.sequencer.answer(request, watch)) as answer:
+            async for token in answer:
+                assert token.index == len(tokens), f"{token} after {len(tokens)} tokens"
+                tokens.append(token)
+        return tokens
+
+    async def check(self, request: Request) -> Watch:
+        """Ask, and hold the answer to what the prompt alone says it must be."""
+        watch = Watch(arrived=clock())
+        tokens = await self.ask(request, watch)
+        assert [token.token for token in tokens] == expected(request), request.id
+        finishes = [token.finish for token in tokens]
+        assert finishes[-1] in ("stop", "length") and not any(finishes[:-1])
+        return watch
+
+    def held(self) -> Counter[str]:
+        """By worker, the blocks that are neither free nor merely cached."""
+        counts = {worker.hello.peer.name: worker.pool.counts() for worker in self.workers}
+        return +Counter({name: count.owned + count.promised for name, count in counts.items()})
+
+    async def idle(self, within: float) -> float:
+        """Wait until no block is held by anybody; how long it took. Fails after `within`."""
+        began = clock()
+        while self.held():
+            assert clock() - began < within, f"after {within} s still held: {self.held()}"
+            await asyncio.sleep(0.01)
+        return clock() - began
+
+    async def _connect(self, address: str, orders: AsyncIterator[Order]) -> AsyncIterator[Report]:
+        worker = self.at[address]
+        if not worker.alive:
+            return
+        async with aclosing(Stream(self, worker).carry(orders)) as reports:  # type: ignore[type-var]
+            async for report in reports:
+                yield report
+
+
+def check_ledger(worker: Worker) -> None:
+    """R1, the hard way: every hold of every block is some sequence's or landing's, and no other.
+
+    Looks into stage, landings and pool, because a leak is precisely what they do not report.
+    """
+    pool, stage = worker.pool, worker.stage
+    counts = pool.counts()
+    assert counts.free + counts.promised + counts.owned + counts.cached == counts.total, counts
+    holds: Counter[int] = Counter()
+    promised: set[int] = set()
+    sequences = (
+        list(stage._live.values())
+        if isinstance(stage, PrefillStage)
+        else [*stage._running, *stage._queue]
+        if isinstance(stage, DecodeStage)
+        else []
+    )
+    assert len({id(sequence) for sequence in sequences}) == len(sequences), "twice in the stage"
+    for sequence in sequences:
+        holds.update(block.number for block in sequence.blocks)
+    for site in worker.landings._sites.values():
+        own = site.blocks if site.state.value == "sealed" else site.blocks[: site.found]
+        holds.update(block.number for block in own)
+        promised.update(block.number for block in site.blocks[len(own) :])
+    assert holds == Counter(pool._holders), "blocks are held by other than those who say so"
+    assert promised == pool._promised, "blocks are promised to other than those who say so"
+    free, cached = set(pool._free), set(pool._cached)
+    states = (free, promised, set(holds), cached)
+    assert len(set().union(*states)) == sum(map(len, states)) == pool.total, "a block in two states"
+    if isinstance(stage, DecodeStage):
+        assert set(stage._promised) == set(worker.landings._sites), "a landing nobody asked for"
+        assert set(stage._started) <= set(stage._promised), "a start without its landing"
