@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     path = Path(options.output or f"bench/results/compare-{result.model}{options.suffix}.json")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result.to_json(), indent=1, default=str)
+        text = json.dumps(result.to_json(), separators=(",", ":"))
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise StartError(f"--output {path}: {error.strerror}") from None

@@ -15,6 +15,9 @@ from bench.trace import FLOOD, LOADED, PROBES, QUIET, Pace
 CALM: Final = 0.5
 """A load average above this, before we begin, is somebody else's."""
 
+_PATHS: Final = ("model", "output")
+"""Options that would put a machine's paths into a file that is published."""
+
 PLACE: Final = "gateway and client unpinned in every mode, beside the pinned workers"
 
 
@@ -85,7 +88,7 @@ class Comparison:
             "model": self.model,
             "hardware": dict(self.hardware),
             "placement": PLACE,
-            "options": asdict(self.options),
+            "options": {k: v for k, v in asdict(self.options).items() if k not in _PATHS},
             "pace": asdict(self.pace),
             "trace": {n: one.phase.digest for n, one in self.rounds[0].measured.items()},
             "criterion": measured.CRITERION,
@@ -170,6 +173,6 @@ def _failed(rounds: Iterable[Run], mode: str) -> int:
         not record.ok
         for run in rounds
         if run.mode == mode
-        for measured in run.measured.values()
-        for record in measured.records
+        for phase in run.measured.values()
+        for record in phase.records
     )

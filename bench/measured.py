@@ -83,10 +83,7 @@ class Run:
                 **{key: round(value, 4) for key, value in measured.numbers().items()},
                 "goodput": round(measured.goodput(limits_ms), 4),
                 "errors": Counter(record.error for record in measured.records if not record.ok),
-                "requests": [
-                    _request(ask.kind, ask.at, record)
-                    for ask, record in zip(measured.phase.asks, measured.records, strict=True)
-                ],
+                "requests": _columns(measured),
             }
         return {
             "mode": self.mode,
@@ -169,16 +166,16 @@ def _spread(name: str, seconds: Sequence[float]) -> Numbers:
     return {**found, f"{name}_max_ms": ordered[-1]}
 
 
-def _request(kind: str, at: float, record: Record) -> dict[str, Any]:
-    """What is kept of a request; its gaps are reduced to the longest."""
+def _columns(measured: Measured) -> dict[str, list[Any]]:
+    """What is kept of the requests, a list per figure; gaps are reduced to the longest."""
+    records = measured.records
     return {
-        "kind": kind,
-        "at_s": round(at, 3),
-        "ttft_ms": round(1000 * record.ttft, 2),
-        "tpot_ms": round(1000 * record.tpot, 2),
-        "e2el_ms": round(1000 * record.latency, 2),
-        "itl_max_ms": round(1000 * max(record.itls, default=0.0), 2),
-        "prompt_tokens": record.prompt_tokens,
-        "output_tokens": record.output_tokens,
-        "error": record.error,
+        "kind": [ask.kind for ask in measured.phase.asks],
+        "at_s": [round(ask.at, 3) for ask in measured.phase.asks],
+        "ttft_ms": [round(1000 * record.ttft, 2) for record in records],
+        "tpot_ms": [round(1000 * record.tpot, 2) for record in records],
+        "e2el_ms": [round(1000 * record.latency, 2) for record in records],
+        "itl_max_ms": [round(1000 * max(record.itls, default=0.0), 2) for record in records],
+        "output_tokens": [record.output_tokens for record in records],
+        "error": [record.error for record in records],
     }

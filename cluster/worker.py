@@ -79,6 +79,11 @@ class WorkerService:
             if session in self._reports:
                 self._reports[session].put_nowait(Report(tuple(events)))
 
+    def close(self) -> None:
+        """End every session from this side, so that no stream is cut in the middle."""
+        for reports in self._reports.values():
+            reports.put_nowait(Report())
+
     async def tick(self, every: float) -> None:
         """The timer behind every lease."""
         while True:

@@ -109,10 +109,14 @@ class DecodeStage:
                 self._tell_failed(session, other.request_id, other.attempt, "wrong_role")
 
     def _promise(self, session: int, request: Request, attempt: int) -> None:
+        if self._known(request.id, attempt):
+            return  # said twice, or fenced
         code = self._refusal(request)
         needed = -(-len(request.tokens) // self._pool.block_size)
         if not code and needed > self._pool.available - self._spare:
             code = "full"
+        if not code and self._queue.waiting:
+            code = "full"  # the evicted come first, or newcomers would starve them
         try:
             if not code:
                 keys = self._allocator.prompt_keys(request)
@@ -128,16 +132,20 @@ class DecodeStage:
             self._mail.append((session, Promised(request.id, attempt, landing)))
 
     def _generate(self, sequence: Sequence) -> None:
-        known = [*self._running, *self._queue]
-        if any(
-            s.request.id == sequence.request.id and s.attempt >= sequence.attempt for s in known
-        ):
+        if self._known(*sequence.key):
             return  # said twice, or fenced
         code = self._refusal(sequence.request, seats=False)
         if code:
             self._tell_failed(sequence.session, *sequence.key, code)
         else:
             self._queue.waiting.append(sequence)
+
+    def _known(self, request_id: str, attempt: int) -> bool:
+        """Whether this attempt, or a newer one, runs or waits here already."""
+        return any(
+            s.request.id == request_id and s.attempt >= attempt
+            for s in (*self._running, *self._queue)
+        )
 
     def _refusal(self, request: Request, seats: bool = True) -> str:
         """Why it is not taken, or nothing."""
@@ -159,6 +167,8 @@ class DecodeStage:
     def _join(self, started: _Started) -> None:
         """Into the running batch if the landing is sealed; otherwise once it is."""
         start = started.start
+        if self._known(start.request_id, start.attempt):
+            return  # said twice, or fenced
         try:
             site = self._landings.start(start.request_id, start.attempt)
         except BatonError:

@@ -102,7 +102,8 @@ async def serve(
     try:
         await _live(config, stopping, service, room, Runner(model.model), parts.inbox)
     finally:
-        await server.stop(grace=0.1)
+        service.close()
+        await server.stop(grace=0.5)
         room.close()
     return 0
 

@@ -90,7 +90,7 @@ class Pools:
         self._config_digest = config_digest
         self._connect = connect
         self._members: dict[str, Member] = {}
-        self._sessions: dict[Peer, asyncio.Task[None]] = {}
+        self._sessions: dict[Member, asyncio.Task[None]] = {}  # a Peer may join twice
         self._replaced: deque[Peer] = deque(maxlen=1024)
         self._changed = asyncio.Event()
         self.lost = 0  # workers lost without having drained
@@ -118,7 +118,7 @@ class Pools:
         )
         self._members[hello.peer.name] = member
         task = asyncio.create_task(self._serve(member), name=f"session {hello.peer.name}")
-        self._sessions[hello.peer] = task
+        self._sessions[member] = task
         log.info("worker joined", extra={"worker": hello.peer.name, "role": hello.role})
         self._wake()
         return member
@@ -159,7 +159,7 @@ class Pools:
     def leave(self, member: Member) -> None:
         """It is gone: whoever has a request there is told. Idempotent."""
         member.session.close()
-        task = self._sessions.pop(member.peer, None)
+        task = self._sessions.pop(member, None)
         if task is not None and task is not asyncio.current_task():
             task.cancel()
         if self._members.get(member.peer.name) is member:

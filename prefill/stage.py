@@ -124,15 +124,14 @@ class PrefillStage:
         self._live[sequence.key] = sequence
         if landing is not None:
             self._landings[sequence.key] = landing
+            # Opened now and not when admitted, so that the landing's lease outlasts the queue.
+            self._pushes.open(Handoff(*sequence.key, landing, len(sequence.tokens)))
         self._queue.waiting.append(sequence)
 
     def plan(self) -> Plan:
         for sequence in self._queue.admit(spare=0, seats=len(self._queue.waiting)):
-            landing = self._landings.get(sequence.key)
-            if landing is not None:
-                self._pushes.open(Handoff(*sequence.key, landing, len(sequence.tokens)))
-                if sequence.computed:  # found in the prefix cache
-                    self._announce(sequence, range(len(self._windows)), 0, sequence.computed)
+            if sequence.computed and sequence.key in self._landings:  # found in the prefix cache
+                self._announce(sequence, range(len(self._windows)), 0, sequence.computed)
         plan = Plan(scheduler.chunks(self._queue.prefilling, self._budget))
         for chunk in plan.chunks:
             chunk.sequence.schedule(self._clock())
@@ -240,7 +239,7 @@ class PrefillStage:
     def _give_up(self, sequence: Sequence) -> None:
         """Compute it no further. Blocks that the sender may still read stay until it lets go."""
         self._queue.remove(sequence)
-        if sequence.blocks and sequence.key in self._landings:
+        if sequence.key in self._landings:
             self._pushes.cancel(*sequence.key)
         else:
             self._forget(sequence)

@@ -275,6 +275,7 @@ class Worker:
         self.role = role
         self.alive = True
         self.frozen = False
+        self._rejoins = True
         self.left = asyncio.Event()  # it has drained
         self.streams: list[Stream] = []
         self.wires: dict[bytes, LineWire] = {}
@@ -353,6 +354,10 @@ class Worker:
         self.frozen = False
         self._posted.set()
 
+    def stay_away(self) -> None:
+        """Once lost, it does not join again."""
+        self._rejoins = False
+
     async def drain(self) -> None:
         """As SIGTERM: returns when it has left."""
         await self.service.drain()
@@ -368,7 +373,7 @@ class Worker:
                 raise result
 
     async def _steps(self) -> None:
-        """engine.loop.run with a task for its thread; a step's time passes before it is told."""
+        """engine.loop.run with a task for its thread; a step's time passes before the step."""
         progress, busy = 0, False
         while True:
             if not busy:
@@ -378,12 +383,13 @@ class Worker:
             self._posted.clear()
             for order in self._inbox.take(wait=False):
                 self.stage.apply(order)
+            load = self.stage.load(progress)
+            if load.running or load.waiting:
+                await asyncio.sleep(self._step_s)
             busy = loop.step(self.stage, self.runner)
             progress += 1
             check_ledger(self)
             mail, load = self.stage.mail(), self.stage.load(progress)
-            if busy:
-                await asyncio.sleep(self._step_s)
             self._cluster.trace.append((clock(), self.hello.peer.name, repr(mail)))
             self.service.tell(mail, load)
 
@@ -392,7 +398,7 @@ class Worker:
             await asyncio.Event().wait()
 
     async def _join(self) -> None:
-        while True:
+        while self._rejoins:
             membership = serve_membership(self._cluster.pools, self._beats(), "gateway")
             async with aclosing(membership):
                 async for _ in membership:
