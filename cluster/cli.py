@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,7 @@ USAGE = "usage: baton COMMAND [MODEL] [--flag value ...]\n\n" + "\n".join(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what its core prints comes as exceptions too
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0

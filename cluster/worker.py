@@ -30,6 +30,10 @@ HEARTBEAT_S = 0.2
 
 REJOIN_S = 0.5
 
+LINGER_S = 3 * HEARTBEAT_S
+"""How long a drained worker stays. Orders already on their way are refused and go elsewhere instead
+of being lost with it, and whoever got the last handoffs from here has seen them arrive."""
+
 
 class WorkerService:
     """Owned by the event loop. `post` hands an order to the step thread."""
@@ -128,4 +132,5 @@ class WorkerService:
             await self._told.wait()
             load = self.load
             if not (load.running or load.waiting or load.promised_blocks or load.owned_blocks):
+                await asyncio.sleep(LINGER_S)
                 return

@@ -27,6 +27,8 @@ class DecodeAttention:
         self._slots = torch.zeros(len(singles), self._longest, dtype=torch.int64)
         for row, segment in zip(self._slots, singles, strict=True):
             row[: segment.context] = segment.slots
+            # The mask gives padding no weight, but a NaN spreads even so: never another's.
+            row[segment.context :] = segment.slots[0]
         self._masks: dict[int, torch.Tensor] = {}
 
     def __call__(

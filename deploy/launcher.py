@@ -94,8 +94,7 @@ class Launcher:
             if not up.done():
                 child, status = next(end.result() for end in ends if end.done())
                 raise StartError(f"{child.name} ended with status {status} before it was ready")
-            await up
-            self._announce()
+            self._announce(await up)
             keepers = [
                 asyncio.create_task(self._keep(child, end))
                 for child, end in zip(plan, ends, strict=True)
@@ -136,15 +135,16 @@ class Launcher:
             await self._start(child)
             end = asyncio.create_task(self._end_of(child))
 
-    async def _until_ready(self, workers: int) -> None:
-        """Ask the gateway until every worker has joined."""
+    async def _until_ready(self, workers: int) -> str:
+        """Ask the gateway until every worker has joined. Returns the served model's name."""
         keys = self._config.api_key
         headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
         deadline = asyncio.timeout(self._config.start_timeout)
         try:
             async with deadline, aiohttp.ClientSession(headers=headers) as client:
-                while len((await self._status(client)).get("workers", ())) < workers:
+                while len((status := await self._status(client)).get("workers", ())) < workers:
                     await asyncio.sleep(0.05)
+                return str(status["model"])
         except TimeoutError:
             raise StartError("not ready in time: see --start-timeout") from None
 
@@ -155,10 +155,8 @@ class Launcher:
                     return dict(await response.json())
         return {}
 
-    def _announce(self) -> None:
+    def _announce(self, model: str) -> None:
         config = self._config
-        name = config.served_model_name[0] if config.served_model_name else ""
-        model = name or config.model or "baton-tiny"
         pools = [
             f"{number} {role}"
             for role, number in (

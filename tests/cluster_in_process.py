@@ -1,51 +1,39 @@
-"""A whole cluster in one process on virtual time, with a model that finds every KV fault.
+"""A whole cluster in one process on virtual time.
 
 Real: pools, sequencer, sessions, worker services, stages, allocators, paged caches, attention,
 senders, framed links, receivers, landings. Made here: lines with seeded delays in place of gRPC and
-ZeroMQ, one task a worker in place of its step thread, and a model whose next token is a hash of the
-keys and values of its whole context.
+ZeroMQ, one task a worker in place of its step thread, and the model of `hash_model`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from array import array
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from functools import partial
-from hashlib import blake2b
 from random import Random
 from types import TracebackType
 from typing import Any
-
-import torch
 
 from cluster.messages import (
     BOTH,
     DECODE,
     PREFILL,
-    Fingerprint,
     Hello,
-    KVLayout,
     Landing,
-    LayerGroup,
     Order,
     Peer,
     Report,
     Request,
-    Sampling,
     Token,
 )
 from cluster.worker import REJOIN_S, WorkerService
 from decode.stage import DecodeStage
 from engine import loop
 from engine.allocator import Allocator
-from engine.batch import Batch
 from engine.blocks import BlockPool, root_key
 from engine.cache import KVCache
-from engine.models.decoder import Attend
-from engine.sampler import Sampled
 from engine.worker import TICK_S
 from gateway.pools import Pools, serve_membership
 from gateway.sequencer import Sequencer, Watch
@@ -56,86 +44,9 @@ from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from prefill.service import Across
 from prefill.stage import HandoffEnded, PrefillStage
+from tests.hash_model import FINGERPRINT, LAYOUT, WINDOWS, HashRunner, expected
+from tests.ledger import check_ledger
 from tests.virtual import clock
-
-LAYOUT = KVLayout((LayerGroup(2, 1, 4), LayerGroup(1, 2, 4, window=8)), "float32")
-WINDOWS = (0, 0, 8)
-FINGERPRINT = Fingerprint("config", "weights")
-VOCAB = 997
-
-torch.set_num_threads(1)  # its tensors are far too small for more
-
-
-def next_token(tokens: list[int], seed: int) -> int:
-    digest = blake2b(array("q", [seed, *tokens]).tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % VOCAB
-
-
-def expected(request: Request) -> list[int]:
-    """The answer, from the prompt alone."""
-    tokens, sampling = list(request.tokens), request.sampling
-    answer: list[int] = []
-    while len(answer) < sampling.max_tokens:
-        token = next_token(tokens, sampling.seed)
-        answer.append(token)
-        tokens.append(token)
-        if token in sampling.stop_token_ids:
-            break
-    return answer
-
-
-def ask_for(name: str, prompt: int | range | list[int], max_tokens: int = 8, **sampling: Any) -> Request:
-    """A request; a prompt given as a number is that many tokens that nobody else has."""
-    if isinstance(prompt, int):
-        random = Random(name)
-        prompt = [random.randrange(VOCAB) for _ in range(prompt)]
-    return Request(name, tuple(prompt), Sampling(max_tokens=max_tokens, **sampling))
-
-
-class HashRunner:
-    """Writes (token, position, layer) as keys and values; reads all of it back for a next token."""
-
-    def __init__(self, cache: KVCache) -> None:
-        self._cache = cache
-        self.faults: list[str] = []
-        self.steps: list[tuple[int, ...]] = []  # the token counts of each step's segments
-        self.explode = False
-
-    def forward(self, batch: Batch, attend: Attend) -> list[Sampled]:
-        self.steps.append(tuple(segment.count for segment in batch.segments))
-        if self.explode:
-            raise RuntimeError("the device is on fire")
-        layer = 0
-        for group in LAYOUT.groups:
-            for _ in range(group.layers):
-                kv = _content(batch.tokens, batch.positions, layer)
-                kv = kv[:, None].expand(-1, group.kv_heads, -1).contiguous()
-                q = torch.zeros(len(kv), 2 * group.kv_heads, group.head_dim)
-                assert attend(layer, q, kv, -kv).shape == q.shape
-                layer += 1
-        last = {segment.rows.stop - 1: segment for segment in batch.segments}
-        contexts = [last[row].slots for row in batch.sampled_rows.tolist()]
-        return [
-            Sampled(next_token(self._read(slots), sequence.request.sampling.seed), ())
-            for slots, sequence in zip(contexts, batch.samples, strict=True)
-        ]
-
-    def _read(self, slots: torch.Tensor) -> list[int]:
-        """The tokens that the cache says are the context, which need not be the true ones."""
-        tokens = self._cache.keys(0)[slots][:, 0, 0].to(torch.int64)
-        for layer in range(LAYOUT.layers):
-            content = _content(tokens, torch.arange(len(slots)), layer)[:, None]
-            keys, values = self._cache.keys(layer)[slots], self._cache.values(layer)[slots]
-            if not ((keys == content).all() and (values == -content).all()):
-                wrong = (keys != content).flatten(1).any(1).nonzero().flatten().tolist()
-                self.faults.append(f"layer {layer}: KV of tokens {wrong} of {len(slots)} is wrong")
-        return [int(token) for token in tokens]
-
-
-def _content(tokens: torch.Tensor, positions: torch.Tensor, layer: int) -> torch.Tensor:
-    """[tokens, 4]; ones set it apart from a cache that was never written."""
-    ones = torch.ones(len(tokens))
-    return torch.stack([tokens.float(), positions.float(), ones * layer, ones], dim=1)
 
 
 class Line:
@@ -537,37 +448,3 @@ class Cluster:
         async with aclosing(Stream(self, worker).carry(orders)) as reports:  # type: ignore[type-var]
             async for report in reports:
                 yield report
-
-
-def check_ledger(worker: Worker) -> None:
-    """R1, the hard way: every hold of every block is some sequence's or landing's, and no other.
-
-    Looks into stage, landings and pool, because a leak is precisely what they do not report.
-    """
-    pool, stage = worker.pool, worker.stage
-    counts = pool.counts()
-    assert counts.free + counts.promised + counts.owned + counts.cached == counts.total, counts
-    holds: Counter[int] = Counter()
-    promised: set[int] = set()
-    sequences = (
-        list(stage._live.values())
-        if isinstance(stage, PrefillStage)
-        else [*stage._running, *stage._queue]
-        if isinstance(stage, DecodeStage)
-        else []
-    )
-    assert len({id(sequence) for sequence in sequences}) == len(sequences), "twice in the stage"
-    for sequence in sequences:
-        holds.update(block.number for block in sequence.blocks)
-    for site in worker.landings._sites.values():
-        own = site.blocks if site.state.value == "sealed" else site.blocks[: site.found]
-        holds.update(block.number for block in own)
-        promised.update(block.number for block in site.blocks[len(own) :])
-    assert holds == Counter(pool._holders), "blocks are held by other than those who say so"
-    assert promised == pool._promised, "blocks are promised to other than those who say so"
-    free, cached = set(pool._free), set(pool._cached)
-    states = (free, promised, set(holds), cached)
-    assert len(set().union(*states)) == sum(map(len, states)) == pool.total, "a block in two states"
-    if isinstance(stage, DecodeStage):
-        assert set(stage._promised) == set(worker.landings._sites), "a landing nobody asked for"
-        assert set(stage._started) <= set(stage._promised), "a start without its landing"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cluster import metrics
 from cluster.errors import (
     BadRequest,
     BatonError,
@@ -31,15 +32,52 @@ from cluster.messages import (
     Report,
     Request,
     Start,
-    Token,
 )
 from cluster.orders import Ordered
 from gateway.sequencer import Watch
 from kvtransfer.frames import Ack, Chunk, Greeting, Manifest, Renew, Sealed, Welcome
-from tests.cluster_in_process import Cluster, Worker, ask_for, expected
+from tests.cluster_in_process import Cluster
+from tests.hash_model import ask_for, expected
+from tests.ledger import check_ledger
 from tests.virtual import clock, on_virtual_time, run
 
 MS = 0.001
+
+
+# The test bed itself: it must see what it is there to see.
+
+
+@pytest.mark.parametrize("slot", [0, 7, 29])
+def test_one_wrong_value_of_kv_is_seen(slot: int) -> None:
+    async def main() -> None:
+        async with Cluster() as cluster:
+            _, decode = await cluster.pair()
+            answer = cluster.sequencer.answer(ask_for("a", 30), Watch())
+            await anext(answer)
+            await anext(answer)
+            (sequence,) = decode.stage._running  # type: ignore[attr-defined]
+            wrong = decode.cache.slots_of(sequence.blocks, slot, slot + 1)
+            decode.cache.keys(0)[wrong] += 1
+            token = await anext(answer)
+            assert token.token != expected(ask_for("a", 30))[2]
+            assert decode.runner.faults
+            decode.runner.faults.clear()
+            await answer.aclose()
+
+    run(main())
+
+
+@on_virtual_time
+async def test_a_block_that_nobody_answers_for_is_seen() -> None:
+    async with Cluster() as cluster:
+        _, decode = await cluster.pair()
+        for leak in (decode.pool.take, decode.pool.promise):
+            blocks = leak(1)
+            with pytest.raises(AssertionError, match="other than those"):
+                check_ledger(decode)
+            with pytest.raises(AssertionError, match="still held"):
+                await cluster.idle(within=0.1)
+            (decode.pool.release if leak == decode.pool.take else decode.pool.revoke)(blocks)
 
 
 # Answers.
@@ -71,7 +109,7 @@ def test_block_sizes_may_differ(sizes: tuple[int, int]) -> None:
                 *(ask_for(f"{length}", length) for length in (1, 15, 16, 17, 63, 64, 65, 130)),
                 shared,
                 replace(shared, id="again"),
-                replace(shared, id="longer", tokens=shared.tokens + (1, 2, 3)),
+                replace(shared, id="longer", tokens=(*shared.tokens, 1, 2, 3)),
                 replace(shared, id="shorter", tokens=shared.tokens[:64]),
             ):
                 await cluster.check(request)
@@ -196,9 +234,7 @@ async def test_the_timeline_adds_up() -> None:
         await cluster.pair()
         watch = Watch(arrived=clock())
         began = clock()
-        times: list[float] = []
-        async for _ in cluster.sequencer.answer(ask_for("a", 40), watch):
-            times.append(clock())
+        times = [clock() async for _ in cluster.sequencer.answer(ask_for("a", 40), watch)]
         before = ("queue", "landing", "prefill_queue", "prefill", "wire")
         between = ("transfer_tail", "decode_admit", "first_step", "wire_second")
         assert sum(watch.spans[name] for name in before) == pytest.approx(times[0] - began)
@@ -252,7 +288,7 @@ def test_the_evicted_are_recomputed_and_nobody_notices(role: str) -> None:
             await asyncio.gather(
                 *(cluster.check(ask_for(f"r{number}", 12, max_tokens=40)) for number in range(4))
             )
-            assert dict(worker.service.load.counters)["vllm:num_preemptions"] > 0
+            assert dict(worker.service.load.counters)[metrics.PREEMPTIONS] > 0
             await cluster.idle(within=0.5)
 
     run(main())
@@ -276,7 +312,7 @@ async def test_the_evicted_are_not_starved_by_newcomers() -> None:
             for number in range(50):
                 await asyncio.sleep(0.02)
                 asking.create_task(ask(f"late{number}", 12, 20))
-        assert dict(decode.service.load.counters)["vllm:num_preemptions"] > 0
+        assert dict(decode.service.load.counters)[metrics.PREEMPTIONS] > 0
         assert answered.index("young") < 10
 
 
@@ -724,5 +760,3 @@ def test_the_same_seed_gives_the_same_run(seed: int) -> None:
 def _without_ids(trace: list[tuple[float, str, str]]) -> list[tuple[float, str, str]]:
     """Landing ids are random for whoever would guess them, not for us."""
     return [(at, who, said) for at, who, said in trace if "Landing" not in said]
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ from tests.e2e.test_cancel import COMPLETIONS, LONG_ANSWER
 
 STOP_S = 5.0
 BAD_START_S = 5.0
+QUIET = ["--log-level", "warning"]
 
 Start = Callable[..., Process]
 
@@ -52,6 +54,13 @@ def ready(launcher: Process) -> list[int]:
     return pids
 
 
+def asked_to_end(pid: int) -> bool:
+    """Whether a SIGTERM waits for this stopped process."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    pending = next(line for line in status.splitlines() if line.startswith("ShdPnd"))
+    return bool(int(pending.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def all_dead(pids: list[int]) -> bool:
     return not any(map(alive, pids))
 
@@ -79,12 +88,10 @@ def test_a_second_interrupt_forces(start: Start, ports: list[str]) -> None:
     """Even when a child would not end by itself."""
     launcher = start("serve", *ports)
     pids = ready(launcher)
-    import os
-
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     launcher.signal(signal.SIGINT)
-    wait_until(lambda: launcher.running, "the first one to arrive")
+    wait_until(lambda: all(map(asked_to_end, pids)), "the first one to be passed on")
     launcher.signal(signal.SIGINT)
     launcher.wait(2)
     wait_until(lambda: all_dead(pids), "no child left", 2)
@@ -99,8 +106,6 @@ def test_nothing_outlives_a_killed_launcher(start: Start, ports: list[str]) -> N
 
 
 def test_a_dead_worker_is_started_again(start: Start, ports: list[str]) -> None:
-    import os
-
     launcher = start("serve", *ports)
     ready(launcher)
     url = f"http://127.0.0.1:{ports[1]}"
@@ -147,7 +152,7 @@ def test_port_taken(start: Start, ports: list[str], taken: str, command: str) ->
 
 def test_grpc_port_taken_by_another_gateway(start: Start, ports: list[str]) -> None:
     """gRPC would share a port with another process of ours, and each would get half the calls."""
-    start("gateway", *ports)
+    start("gateway", *ports, *QUIET)
     wait_until(lambda: listening(int(ports[3])), "the first gateway to listen")
     [other] = free_ports(1)
     why = bad_start(start("gateway", "--port", str(other), *ports[2:]))
@@ -230,7 +235,7 @@ def test_worker_of_another_model_is_refused(
     """The line holds both configurations' digests, and the cluster goes on without it."""
     launcher = start("serve", *ports)
     ready(launcher)
-    join = ["--role", "decode", "--name", "stranger", "--join", f"127.0.0.1:{ports[3]}"]
+    join = ["--role", "decode", "--name", "stranger", "--join", f"127.0.0.1:{ports[3]}", *QUIET]
     why = bad_start(start("worker", *join, "--model", str(checkpoint("llama"))))
     assert "refuses this worker" in why and "model configuration" in why
     theirs, ours = why.split(" is ")[1].split(", the cluster has ")
@@ -245,6 +250,6 @@ def test_worker_of_other_weights_is_refused(
     """The same configuration with other numbers in it would write wrong KV."""
     launcher = start("serve", str(checkpoint("llama")), *ports)
     ready(launcher)
-    join = ["--role", "decode", "--name", "stranger", "--join", f"127.0.0.1:{ports[3]}"]
+    join = ["--role", "decode", "--name", "stranger", "--join", f"127.0.0.1:{ports[3]}", *QUIET]
     why = bad_start(start("worker", *join, "--model", str(checkpoint("llama", seed=1))))
     assert "weights" in why

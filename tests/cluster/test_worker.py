@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from cluster.messages import (
+    DECODE,
+    Cancel,
+    Fingerprint,
+    Hello,
+    KVLayout,
+    LayerGroup,
+    Load,
+    Order,
+    Peer,
+    Report,
+    Token,
+)
+from cluster.orders import Drain, Ordered, SessionClosed, Tick
+from cluster.worker import HEARTBEAT_S, LINGER_S, WorkerService
+from tests.virtual import clock, on_virtual_time
+
+HELLO = Hello(
+    Peer("d", 3),
+    DECODE,
+    "m",
+    Fingerprint("config", "weights"),
+    KVLayout((LayerGroup(1, 1, 4),), "float32"),
+    blocks=9,
+)
+
+
+class Gateway:
+    """The far end of one session."""
+
+    def __init__(self, service: WorkerService) -> None:
+        self.orders: asyncio.Queue[Order | None] = asyncio.Queue()
+        self.reports: list[Report] = []
+        self.task = asyncio.create_task(self._listen(service))
+
+    async def _listen(self, service: WorkerService) -> None:
+        async for report in service.session(self._orders()):
+            self.reports.append(report)
+
+    async def _orders(self) -> AsyncIterator[Order]:
+        while (order := await self.orders.get()) is not None:
+            yield order
+
+
+def _service() -> tuple[WorkerService, list[Any]]:
+    posted: list[Any] = []
+    return WorkerService(HELLO, posted.append), posted
+
+
+@on_virtual_time
+async def test_orders_are_posted_with_their_session() -> None:
+    service, posted = _service()
+    first, second = Gateway(service), Gateway(service)
+    await asyncio.sleep(0)
+    first.orders.put_nowait(Cancel("a"))
+    second.orders.put_nowait(Cancel("b"))
+    await asyncio.sleep(0.1)
+    assert posted == [Ordered(1, Cancel("a")), Ordered(2, Cancel("b"))]
+    for gateway in (first, second):
+        gateway.orders.put_nowait(None)
+        await gateway.task
+
+
+@on_virtual_time
+async def test_each_gateway_gets_one_report_a_step_with_its_own_events() -> None:
+    service, _ = _service()
+    first, second = Gateway(service), Gateway(service)
+    await asyncio.sleep(0.1)
+    a, b, c = Token("a", 1, 0, 5), Token("b", 1, 0, 6), Token("c", 1, 0, 7)
+    service.tell([(1, a), (2, b), (1, c), (99, b)], Load(1))
+    service.tell([], Load(2))
+    await asyncio.sleep(0.1)
+    assert first.reports == [Report((a, c))]
+    assert second.reports == [Report((b,))]
+    for gateway in (first, second):
+        gateway.orders.put_nowait(None)
+        await gateway.task
+
+
+@on_virtual_time
+async def test_a_session_ends_when_the_gateway_says_no_more() -> None:
+    service, posted = _service()
+    gateway = Gateway(service)
+    gateway.orders.put_nowait(Cancel("a"))
+    gateway.orders.put_nowait(None)
+    await gateway.task
+    assert posted == [Ordered(1, Cancel("a")), SessionClosed(1)]
+    service.tell([(1, Token("a", 1, 0, 5))], Load(1))  # to nobody
+
+
+@on_virtual_time
+async def test_a_session_that_is_cut_is_closed_once_and_takes_no_more_orders() -> None:
+    service, posted = _service()
+    gateway = Gateway(service)
+    await asyncio.sleep(0.1)
+    gateway.task.cancel()
+    gateway.orders.put_nowait(Cancel("a"))
+    await asyncio.gather(gateway.task, return_exceptions=True)
+    await asyncio.sleep(0.1)
+    assert posted == [SessionClosed(1)]
+
+
+@on_virtual_time
+async def test_a_member_says_hello_and_then_its_load() -> None:
+    service, _ = _service()
+    membership = service.membership()
+    assert await anext(membership) == HELLO
+    assert await anext(membership) == Load(0, free_blocks=9)
+    service.tell([], Load(5, running=2))
+    began = clock()
+    assert await anext(membership) == Load(5, running=2)
+    assert clock() - began == HEARTBEAT_S
+    await membership.aclose()
+
+
+@on_virtual_time
+async def test_ticks_are_posted() -> None:
+    service, posted = _service()
+    ticking = asyncio.create_task(service.tick(0.25))
+    await asyncio.sleep(1.1)
+    ticking.cancel()
+    assert posted == [Tick()] * 4
+
+
+@on_virtual_time
+async def test_it_has_drained_when_nothing_runs_waits_or_is_promised() -> None:
+    service, posted = _service()
+    draining = asyncio.create_task(service.drain())
+    await asyncio.sleep(0.1)
+    assert posted == [Drain()]
+    for number, busy in enumerate(
+        (
+            Load(1, running=1),
+            Load(2, waiting=1),
+            Load(3, promised_blocks=1),
+            Load(4, owned_blocks=1),
+        )
+    ):
+        service.tell([], busy)
+        assert service.load.draining and service.load.progress == number + 1
+        await asyncio.sleep(0.1)
+        assert not draining.done()
+    service.tell([], Load(5, cached_blocks=3))
+    idle = clock()
+    await draining
+    assert clock() - idle == pytest.approx(LINGER_S)

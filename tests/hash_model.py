@@ -1,0 +1,102 @@
+"""A model that finds every KV fault: its next token is a hash of what its whole context says.
+
+It writes each token's id, position and layer as keys and values, through a stage's own attention,
+and reads them back from the pages for every token it samples. So a lost, stale, doubled or foreign
+piece of KV makes a wrong answer, and what the right one is follows from the prompt alone.
+"""
+
+from __future__ import annotations
+
+from array import array
+from hashlib import blake2b
+from random import Random
+from typing import Any
+
+import torch
+
+from cluster.messages import Fingerprint, KVLayout, LayerGroup, Request, Sampling
+from engine.batch import Batch
+from engine.cache import KVCache
+from engine.models.decoder import Attend
+from engine.sampler import Sampled
+
+LAYOUT = KVLayout((LayerGroup(2, 1, 4), LayerGroup(1, 2, 4, window=8)), "float32")
+WINDOWS = (0, 0, 8)
+FINGERPRINT = Fingerprint("config", "weights")
+VOCAB = 997
+
+torch.set_num_threads(1)  # its tensors are far too small for more
+
+
+def next_token(tokens: list[int], seed: int) -> int:
+    digest = blake2b(array("q", [seed, *tokens]).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % VOCAB
+
+
+def expected(request: Request) -> list[int]:
+    """The answer, from the prompt alone."""
+    tokens, sampling = list(request.tokens), request.sampling
+    answer: list[int] = []
+    while len(answer) < sampling.max_tokens:
+        token = next_token(tokens, sampling.seed)
+        answer.append(token)
+        tokens.append(token)
+        if token in sampling.stop_token_ids:
+            break
+    return answer
+
+
+def ask_for(
+    name: str, prompt: int | range | list[int], max_tokens: int = 8, **sampling: Any
+) -> Request:
+    """A request; a prompt given as a number is that many tokens that nobody else has."""
+    if isinstance(prompt, int):
+        random = Random(name)
+        prompt = [random.randrange(VOCAB) for _ in range(prompt)]
+    return Request(name, tuple(prompt), Sampling(max_tokens=max_tokens, **sampling))
+
+
+class HashRunner:
+    """Writes (token, position, layer) as keys and values; reads all of it back for a next token."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self.faults: list[str] = []
+        self.steps: list[tuple[int, ...]] = []  # the token counts of each step's segments
+        self.explode = False
+
+    def forward(self, batch: Batch, attend: Attend) -> list[Sampled]:
+        self.steps.append(tuple(segment.count for segment in batch.segments))
+        if self.explode:
+            raise RuntimeError("the device is on fire")
+        layer = 0
+        for group in LAYOUT.groups:
+            for _ in range(group.layers):
+                kv = _content(batch.tokens, batch.positions, layer)
+                kv = kv[:, None].expand(-1, group.kv_heads, -1).contiguous()
+                q = torch.zeros(len(kv), 2 * group.kv_heads, group.head_dim)
+                assert attend(layer, q, kv, -kv).shape == q.shape
+                layer += 1
+        last = {segment.rows.stop - 1: segment for segment in batch.segments}
+        contexts = [last[row].slots for row in batch.sampled_rows.tolist()]
+        return [
+            Sampled(next_token(self._read(slots), sequence.request.sampling.seed), ())
+            for slots, sequence in zip(contexts, batch.samples, strict=True)
+        ]
+
+    def _read(self, slots: torch.Tensor) -> list[int]:
+        """The tokens that the cache says are the context, which need not be the true ones."""
+        tokens = self._cache.keys(0)[slots][:, 0, 0].to(torch.int64)
+        for layer in range(LAYOUT.layers):
+            content = _content(tokens, torch.arange(len(slots)), layer)[:, None]
+            keys, values = self._cache.keys(layer)[slots], self._cache.values(layer)[slots]
+            if not ((keys == content).all() and (values == -content).all()):
+                wrong = (keys != content).flatten(1).any(1).nonzero().flatten().tolist()
+                self.faults.append(f"layer {layer}: KV of tokens {wrong} of {len(slots)} is wrong")
+        return [int(token) for token in tokens]
+
+
+def _content(tokens: torch.Tensor, positions: torch.Tensor, layer: int) -> torch.Tensor:
+    """[tokens, 4]; ones set it apart from a cache that was never written."""
+    ones = torch.ones(len(tokens))
+    return torch.stack([tokens.float(), positions.float(), ones * layer, ones], dim=1)
