@@ -45,6 +45,7 @@ class Process:
                 stderr=errors,
             )
         self.pid = self._popen.pid
+        self.children: list[int] = []  # of a launcher, once they are known
 
     @property
     def running(self) -> bool:

@@ -20,6 +20,9 @@ from tests.e2e.test_cancel import COMPLETIONS, LONG_ANSWER
 
 STOP_S = 5.0
 BAD_START_S = 5.0
+REFUSAL_S = 20.0
+"""Not a promise: it has loaded its model by then, on a machine that runs a cluster already."""
+
 QUIET = ["--log-level", "warning"]
 
 Start = Callable[..., Process]
@@ -33,7 +36,8 @@ def ports() -> list[str]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """start("serve", ...) runs `baton serve ...`; whatever is left at the end is killed."""
+    """start("serve", ...) runs `baton serve ...`; whatever is left at the end is killed, children
+    that a broken launcher left behind too."""
     started: list[Process] = []
 
     def run(*words: str) -> Process:
@@ -43,13 +47,15 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield run
     for process in started:
         process.kill()
+        for pid in filter(alive, process.children):
+            os.kill(pid, signal.SIGKILL)
 
 
 def ready(launcher: Process) -> list[int]:
     """Waits for the ready line; the children's pids."""
     wait_until(lambda: "ready" in launcher.stdout or not launcher.running, "ready, or ended", 60)
     assert launcher.running, launcher.stderr
-    pids = children_of(launcher.pid)
+    pids = launcher.children = children_of(launcher.pid)
     assert len(pids) == 3, "a gateway and two workers"
     return pids
 
@@ -124,14 +130,14 @@ def test_a_dead_worker_is_started_again(start: Start, ports: list[str]) -> None:
     assert len(tokens(url, "baton-tiny", "Hello", max_tokens=3, ignore_eos=True)) == 3
 
 
-def bad_start(process: Process) -> str:
+def bad_start(process: Process, seconds: float = BAD_START_S) -> str:
     """Ends soon, non-zero, without a child left; returns the one line that says why."""
     children: set[int] = set()
-    deadline = time.monotonic() + BAD_START_S
+    deadline = time.monotonic() + seconds
     while process.running and time.monotonic() < deadline:
         children.update(children_of(process.pid))
         time.sleep(0.01)
-    assert not process.running, f"still running after {BAD_START_S} s"
+    assert not process.running, f"still running after {seconds} s"
     assert process.wait() not in (0, 1)
     assert all_dead(list(children))
     assert process.stdout == ""
@@ -236,7 +242,7 @@ def test_worker_of_another_model_is_refused(
     launcher = start("serve", *ports)
     ready(launcher)
     join = ["--role", "decode", "--name", "stranger", "--join", f"127.0.0.1:{ports[3]}", *QUIET]
-    why = bad_start(start("worker", *join, "--model", str(checkpoint("llama"))))
+    why = bad_start(start("worker", *join, "--model", str(checkpoint("llama"))), REFUSAL_S)
     assert "refuses this worker" in why and "model configuration" in why
     theirs, ours = why.split(" is ")[1].split(", the cluster has ")
     assert theirs != ours and min(len(theirs), len(ours)) >= 8
@@ -251,5 +257,5 @@ def test_worker_of_other_weights_is_refused(
     launcher = start("serve", str(checkpoint("llama")), *ports)
     ready(launcher)
     join = ["--role", "decode", "--name", "stranger", "--join", f"127.0.0.1:{ports[3]}", *QUIET]
-    why = bad_start(start("worker", *join, "--model", str(checkpoint("llama", seed=1))))
+    why = bad_start(start("worker", *join, "--model", str(checkpoint("llama", seed=1))), REFUSAL_S)
     assert "weights" in why
