@@ -36,12 +36,18 @@ of being lost with it, and whoever got the last handoffs from here has seen them
 
 
 class WorkerService:
-    """Owned by the event loop. `post` hands an order to the step thread."""
+    """Owned by the event loop. `post` hands an order to the step thread.
 
-    def __init__(self, hello: Hello, post: Callable[[Any], None]) -> None:
+    `pulse` counts on within a step, where no new Load comes from.
+    """
+
+    def __init__(
+        self, hello: Hello, post: Callable[[Any], None], pulse: Callable[[], int] = lambda: 0
+    ) -> None:
         self.hello = hello
         self.load = Load(progress=0, free_blocks=hello.blocks)
         self._post = post
+        self._pulse = pulse
         self._numbers = count(1)
         self._reports: dict[int, asyncio.Queue[Report]] = {}
         self._draining = False
@@ -98,7 +104,7 @@ class WorkerService:
         """What a registry is told, for as long as it listens."""
         yield self.hello
         while True:
-            yield self.load
+            yield replace(self.load, progress=self.load.progress + self._pulse())
             await asyncio.sleep(HEARTBEAT_S)
 
     async def join(self, address: str, joined: Callable[[], None]) -> None:
@@ -124,13 +130,18 @@ class WorkerService:
             await asyncio.sleep(REJOIN_S)
 
     async def drain(self) -> None:
-        """Take nothing new; returns when nothing runs, waits or is promised any more."""
+        """Take nothing new; returns when nothing has run, waited or been promised for a while."""
         self._draining = True
         self._post(Drain())
+        idle = False
         while True:
             self._told.clear()
             await self._told.wait()
             load = self.load
-            if not (load.running or load.waiting or load.promised_blocks or load.owned_blocks):
-                await asyncio.sleep(LINGER_S)
+            if load.running or load.waiting or load.promised_blocks or load.owned_blocks:
+                idle = False
+            elif idle:
                 return
+            else:
+                idle = True
+                await asyncio.sleep(LINGER_S)

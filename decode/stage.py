@@ -160,9 +160,9 @@ class DecodeStage:
 
     @property
     def _spare(self) -> int:
-        """The watermark: a block for each running sequence to grow into, so that a newcomer does
-        not at once evict somebody."""
-        return len(self._running)
+        """The watermark: a block for each sequence to grow into, so that a newcomer does not at
+        once evict somebody."""
+        return len(self._running) + len(self._landings)
 
     def _join(self, started: _Started) -> None:
         """Into the running batch if the landing is sealed; otherwise once it is."""

@@ -24,8 +24,6 @@ class Allocator:
         self._pool = pool
         self._root = root
         self._caching = caching
-        self.queries = 0  # prompt tokens looked up in the prefix cache
-        self.hits = 0  # of these, tokens that it held
 
     def admit(self, sequence: Sequence, spare: int = 0) -> None:
         """Blocks for all its tokens, leaving `spare` available. Raises BlocksExhausted."""
@@ -40,8 +38,6 @@ class Allocator:
         sequence.published = len(matched)
         sequence.computed = len(matched) * size
         sequence.cached_tokens = sequence.computed
-        self.queries += len(sequence.tokens)
-        self.hits += sequence.computed
 
     def grow(self, sequence: Sequence, tokens: int) -> None:
         """Blocks for its first `tokens` tokens. Raises BlocksExhausted, took none."""

@@ -14,6 +14,7 @@ class Runner:
 
     def __init__(self, model: Decoder) -> None:
         self._model = model
+        self.layers = 0  # begun so far: shows that a long step goes on
 
     @torch.inference_mode()
     def forward(self, batch: Batch, attend: Attend) -> list[Sampled]:
@@ -21,7 +22,12 @@ class Runner:
 
         Returns one Sampled for each of `batch.samples`.
         """
-        hidden = self._model.forward(batch.tokens, batch.positions, attend)
+
+        def counted(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            self.layers += 1
+            return attend(layer, q, k, v)
+
+        hidden = self._model.forward(batch.tokens, batch.positions, counted)
         if not batch.samples:
             return []
         return sample(self._model.logits(hidden[batch.sampled_rows]), batch.samples)

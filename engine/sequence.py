@@ -23,6 +23,7 @@ class Sequence:
     published: int = 0  # how many of its blocks are findable in the prefix cache
     cached_tokens: int = 0  # prompt tokens that a cache held when it was admitted
     scheduled: float | None = None  # when its first step was planned
+    unwanted: bool = False  # cancelled: nobody is to be told of it any more
     spans: dict[str, float] = field(default_factory=dict)  # go out with its next token
 
     def __post_init__(self) -> None:

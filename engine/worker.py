@@ -88,7 +88,8 @@ async def serve(
     room = furnish(parts)
     control_address = f"{config.host}:{port}"
     hello = replace(parts.hello, control_address=control_address, data_address=room.open())
-    service = WorkerService(hello, parts.inbox.put)
+    runner = Runner(model.model)
+    service = WorkerService(hello, parts.inbox.put, lambda: runner.layers)
     server.add_generic_rpc_handlers(
         (
             rpc.stream_handler(
@@ -100,7 +101,7 @@ async def serve(
     ready_in = round(time.monotonic() - started, 3)
     log.info("worker up", extra={"worker": hello.peer.name, "seconds": ready_in})
     try:
-        await _live(config, stopping, service, room, Runner(model.model), parts.inbox)
+        await _live(config, stopping, service, room, runner, parts.inbox)
     finally:
         service.close()
         await server.stop(grace=0.5)

@@ -35,6 +35,10 @@ MISSED_BEATS = 6
 """A worker that has said nothing for six beats of ours (1.5 s) is lost. Counting our own beats
 keeps a gateway that was itself stopped from losing everyone when it wakes."""
 
+STILL_BEATS = 20
+"""A worker whose step loop has not moved for twenty beats (5 s) hangs, whatever its transport says:
+it counts every layer of a step, and every tick of its timer while it is idle."""
+
 HELLO_S = 5.0
 
 Connect = Callable[[str, AsyncIterator[Order]], AsyncIterator[Report]]
@@ -49,12 +53,19 @@ class Member:
     prefixes: PrefixMemory
     load: Load
     silent_beats: int = 0
+    still_beats: int = 0
+    stuck_at: int | None = None  # lost before for hanging here: not used until it has moved
     sent_tokens: dict[str, int] = field(default_factory=dict)
     """Prompt tokens of requests sent since its last load, which that load cannot know of."""
 
     @property
     def peer(self) -> Peer:
         return self.hello.peer
+
+    @property
+    def usable(self) -> bool:
+        """Whether new requests may go there."""
+        return not self.load.draining and self.stuck_at is None
 
     def view(self, marks: list[int]) -> View:
         load, hello = self.load, self.hello
@@ -92,6 +103,7 @@ class Pools:
         self._members: dict[str, Member] = {}
         self._sessions: dict[Member, asyncio.Task[None]] = {}  # a Peer may join twice
         self._replaced: deque[Peer] = deque(maxlen=1024)
+        self._stuck: dict[Peer, int] = {}
         self._changed = asyncio.Event()
         self.lost = 0  # workers lost without having drained
 
@@ -115,6 +127,7 @@ class Pools:
             session=session,
             prefixes=PrefixMemory(hello.blocks * hello.block_size),
             load=Load(progress=0, free_blocks=hello.blocks),
+            stuck_at=self._stuck.pop(hello.peer, None),
         )
         self._members[hello.peer.name] = member
         task = asyncio.create_task(self._serve(member), name=f"session {hello.peer.name}")
@@ -151,6 +164,10 @@ class Pools:
             self.leave(member)
 
     def report(self, member: Member, load: Load) -> None:
+        if load.progress != member.load.progress:
+            member.still_beats = 0
+        if load.progress != member.stuck_at:
+            member.stuck_at = None
         member.load = load
         member.silent_beats = 0
         member.sent_tokens.clear()
@@ -174,8 +191,13 @@ class Pools:
             await asyncio.sleep(BEAT_S)
             for member in self.members:
                 member.silent_beats += 1
+                member.still_beats += 1
                 if member.silent_beats > MISSED_BEATS:
                     log.warning("worker fell silent", extra={"worker": member.peer.name})
+                    self.leave(member)
+                elif member.still_beats > STILL_BEATS:
+                    log.warning("worker's step loop hangs", extra={"worker": member.peer.name})
+                    self._stuck[member.peer] = member.load.progress
                     self.leave(member)
 
     async def close(self) -> None:
@@ -195,7 +217,7 @@ class Pools:
         """The best pair, or the best `both` worker where there is no pair. None: nobody can."""
         marks = router.prefix_marks(request)
         tokens = len(request.tokens)
-        open_to = [m for m in self.members if not m.load.draining and m.peer not in avoid]
+        open_to = [m for m in self.members if m.usable and m.peer not in avoid]
         pool = {
             role: {m.peer.name: m for m in open_to if m.hello.role == role}
             for role in (PREFILL, DECODE, BOTH)
@@ -219,7 +241,7 @@ class Pools:
 
     def ready(self) -> bool:
         """At least one pair, or one `both` worker, takes requests."""
-        roles = {member.hello.role for member in self.members if not member.load.draining}
+        roles = {member.hello.role for member in self.members if member.usable}
         return BOTH in roles or {PREFILL, DECODE} <= roles
 
     def views(self) -> list[WorkerView]:

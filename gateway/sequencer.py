@@ -48,6 +48,9 @@ log = logging.getLogger(__name__)
 
 E = TypeVar("E", Promised, Token)
 
+SEALED_S = 1.0
+"""How long a landing whose prefill worker is lost may take to show that it was complete."""
+
 
 @dataclass
 class Watch:
@@ -206,7 +209,7 @@ class Sequencer:
             route.decode.session.send(Start(relay.request.id, first.token, relay.attempt))
             handed = self._clock()
             try:
-                second = await relay.next_token()
+                second = await self._second_token(relay, route.prefill)
             except BatonError as error:
                 self._handed(error.code)
                 raise
@@ -227,6 +230,19 @@ class Sequencer:
                 relay.dismiss(route.decode)
                 return
 
+    async def _second_token(self, relay: Relay, prefill: Member) -> Token:
+        """The decode worker's first. It may have all it needs with the prefill worker gone."""
+        try:
+            return await relay.next_token()
+        except WorkerLost as error:
+            if error is not prefill.session.lost:
+                raise
+            try:
+                async with asyncio.timeout(SEALED_S):
+                    return await relay.next_token()
+            except TimeoutError:
+                raise error from None
+
     async def _first_token(self, relay: Relay) -> tuple[Route, Token]:
         """Route and prefill; goes round again, in turn, while workers refuse for want of room."""
         give_up = self._clock() + self._queue_timeout
@@ -238,7 +254,7 @@ class Sequencer:
                 route = self._pools.route(relay.request, refused)
                 if route is not None:
                     try:
-                        return route, await self._attempt(relay, route)
+                        return route, await self._attempt(relay, route, turn)
                     except _Refused as refusal:
                         refused.add(refusal.peer)
                         if relay.phase is not Phase.QUEUED:
@@ -246,15 +262,20 @@ class Sequencer:
                         continue
                 if not refused:
                     raise NoWorkers("No worker is there to take this request.", retry_after=2)
-                await turn.take(give_up - self._clock())
-                try:
-                    await self._pools.changed(give_up - self._clock())
-                except TimeoutError:
-                    raise _no_room() from None
+                if turn.mine:
+                    try:
+                        await self._pools.changed(give_up - self._clock())
+                    except TimeoutError:
+                        raise _no_room() from None
+                else:
+                    await turn.take(give_up - self._clock())
                 refused.clear()
 
-    async def _attempt(self, relay: Relay, route: Route) -> Token:
-        """One try to get the first token. Raises _Refused if a worker has no room for it."""
+    async def _attempt(self, relay: Relay, route: Route, turn: _Turn) -> Token:
+        """One try to get the first token. Raises _Refused if a worker has no room for it.
+
+        With room found the turn is over: whoever is next need not wait for our prefill.
+        """
         relay.begin()
         request, watch = relay.request, relay.watch
         involved = [member for member in (route.decode, route.prefill) if member is not None]
@@ -278,6 +299,7 @@ class Sequencer:
             watch.spans["landing"] = self._clock() - sent
             relay.to(Phase.PREFILLING)
             order = Prefill(request, landing, relay.attempt)
+        turn.leave()
         worker = involved[-1]
         sent = self._clock()
         worker.session.send(order)
@@ -320,22 +342,27 @@ class _Turn:
 
     def __init__(self, lock: asyncio.Lock) -> None:
         self._lock = lock
-        self._mine = False
+        self.mine = False
 
     async def __aenter__(self) -> _Turn:
         return self
 
     async def take(self, timeout: float) -> None:
         """Wait behind those who came first. Raises Overloaded."""
-        if self._mine:
+        if self.mine:
             return
         try:
             async with asyncio.timeout(timeout):
                 await self._lock.acquire()
         except TimeoutError:
             raise _no_room() from None
-        self._mine = True
+        self.mine = True
+
+    def leave(self) -> None:
+        """Let the next one in. Idempotent."""
+        if self.mine:
+            self.mine = False
+            self._lock.release()
 
     async def __aexit__(self, *exception: object) -> None:
-        if self._mine:
-            self._lock.release()
+        self.leave()

@@ -10,7 +10,7 @@ import grpc
 
 from cluster import rpc
 from cluster.errors import BatonError, WorkerLost
-from cluster.messages import Event, Order, Peer, Report
+from cluster.messages import Cancel, Event, Order, Peer, Report, Token
 from cluster.wire import codec
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,8 @@ class WorkerSession:
                     mailbox = self._mailboxes.get(event.request_id)
                     if mailbox is not None:
                         mailbox.put_nowait(event)
+                    elif isinstance(event, Token) and not event.finish:
+                        self.send(Cancel(event.request_id, event.attempt))  # ours got lost
         except grpc.aio.AioRpcError as error:
             log.info("session lost", extra={"worker": self.peer.name, "status": str(error.code())})
         finally:

@@ -17,7 +17,7 @@ import torch
 
 from cluster import metrics
 from cluster.clock import Clock
-from cluster.errors import BatonError, Cancelled
+from cluster.errors import BatonError
 from cluster.messages import Cancel, Event, Failed, Landing, Load, Prefill, Token
 from cluster.orders import Drain, Ordered, SessionClosed, Tick
 from engine.allocator import Allocator
@@ -195,6 +195,7 @@ class PrefillStage:
         self._queue.remove(sequence)
         if sequence.key in self._landings:
             if finish:
+                sequence.unwanted = True
                 self._pushes.cancel(request_id, attempt)
             else:
                 self._pushes.finish(request_id, attempt)
@@ -238,6 +239,7 @@ class PrefillStage:
 
     def _give_up(self, sequence: Sequence) -> None:
         """Compute it no further. Blocks that the sender may still read stay until it lets go."""
+        sequence.unwanted = True
         self._queue.remove(sequence)
         if sequence.key in self._landings:
             self._pushes.cancel(*sequence.key)
@@ -247,7 +249,7 @@ class PrefillStage:
     def _end(self, ended: HandoffEnded) -> None:
         self._sent_bytes += ended.sent_bytes
         sequence = self._live[ended.request_id, ended.attempt]
-        if ended.error is not None and not isinstance(ended.error, Cancelled):
+        if ended.error is not None and not sequence.unwanted:
             self._failures[ended.error.code] += 1
             self._tell_failed(sequence.session, *sequence.key, "transfer_failed")
         self._queue.remove(sequence)

@@ -208,7 +208,9 @@ class Worker:
             blocks=blocks,
             max_model_len=blocks * block_size,
         )
-        self.service = WorkerService(self.hello, self.post)
+        self.hung = False
+        self._pulse = 0
+        self.service = WorkerService(self.hello, self.post, lambda: self._pulse)
         self._inbox = loop.Inbox()
         self._posted = asyncio.Event()
         later = asyncio.get_running_loop().call_soon
@@ -296,13 +298,21 @@ class Worker:
                 self.stage.apply(order)
             load = self.stage.load(progress)
             if load.running or load.waiting:
-                await asyncio.sleep(self._step_s)
+                await self._compute()
             busy = loop.step(self.stage, self.runner)
             progress += 1
             check_ledger(self)
             mail, load = self.stage.mail(), self.stage.load(progress)
             self._cluster.trace.append((clock(), self.hello.peer.name, repr(mail)))
             self.service.tell(mail, load)
+
+    async def _compute(self) -> None:
+        """A step's time, in layers of at most a second each. A hung one never ends."""
+        left = self._step_s
+        while left > 0 or self.hung:
+            await asyncio.sleep(min(left, 1.0) if not self.hung else 1.0)
+            left -= 1.0
+            self._pulse += not self.hung
 
     async def _push(self) -> None:
         async with self.sender:

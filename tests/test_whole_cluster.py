@@ -445,6 +445,49 @@ def test_a_worker_may_die_at_any_time(role: str) -> None:
 
 
 @on_virtual_time
+async def test_a_prefill_worker_may_die_once_the_landing_is_sealed() -> None:
+    async with Cluster() as cluster:
+        prefill = cluster.add(PREFILL, "p")
+        decode = cluster.add(DECODE, "d", step_s=0.4)
+        await cluster.joined(2)
+        answer = asyncio.create_task(cluster.check(ask_for("a", 40)))
+        while not decode.landings.counters["sealed"]:
+            await asyncio.sleep(MS)
+        await prefill.kill()
+        await answer
+
+
+@on_virtual_time
+async def test_a_hung_step_loop_is_noticed_although_its_beats_go_on() -> None:
+    async with Cluster() as cluster:
+        _, decode = await cluster.pair()
+        answer = asyncio.create_task(cluster.ask(ask_for("a", 20, max_tokens=200)))
+        await asyncio.sleep(0.5)
+        decode.hung = True
+        began = clock()
+        with pytest.raises(WorkerLost):
+            await answer
+        assert 5.0 < clock() - began < 6.0
+        await asyncio.sleep(2.0)  # it has joined again and still does not move
+        with pytest.raises(NoWorkers):
+            await cluster.ask(ask_for("b", 20))
+        decode.hung = False
+        while not cluster.pools.ready():
+            await cluster.pools.changed(timeout=5)
+        await cluster.check(ask_for("c", 20))
+
+
+@on_virtual_time
+async def test_a_queue_drains_as_fast_as_there_is_room() -> None:
+    async with Cluster() as cluster:
+        cluster.add(PREFILL, "p", step_s=0.1, blocks=4096, budget=512)
+        cluster.add(DECODE, "d", blocks=40)
+        await cluster.joined(2)
+        await asyncio.gather(*(cluster.check(ask_for(f"r{n}", 16)) for n in range(64)))
+        assert clock() < 4
+
+
+@on_virtual_time
 async def test_a_silent_worker_is_lost_and_finds_itself_fenced() -> None:
     async with Cluster() as cluster:
         _, decode = await cluster.pair()

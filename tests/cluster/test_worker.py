@@ -149,6 +149,13 @@ async def test_it_has_drained_when_nothing_runs_waits_or_is_promised() -> None:
         await asyncio.sleep(0.1)
         assert not draining.done()
     service.tell([], Load(5, cached_blocks=3))
+    await asyncio.sleep(LINGER_S + 0.1)
+    service.tell([], Load(6, promised_blocks=1))  # was on its way when the drain began
+    await asyncio.sleep(0.1)
+    service.tell([], Load(7, cached_blocks=3))
     idle = clock()
+    await asyncio.sleep(LINGER_S + 0.1)
+    assert not draining.done()
+    service.tell([], Load(8, cached_blocks=3))
     await draining
-    assert clock() - idle == pytest.approx(LINGER_S)
+    assert clock() - idle == pytest.approx(LINGER_S + 0.1)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.model import load_config
-from tests.e2e.client import at_once, complete, tokens
+from tests.e2e.client import at_once, complete, get, tokens
 from tests.e2e.cluster import Cluster, serving
 from tests.e2e.conftest import Checkpoint
 from tests.e2e.reference import OneProcess, prompt_of
@@ -44,6 +44,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
 }
 ASKED = {"max_tokens": COUNT, "ignore_eos": True}
+CROWDED_BLOCKS = 60
 SMALL_STEPS = ("--max-num-batched-tokens", "40", "--chunk-bytes", "2048")
 
 
@@ -69,7 +70,7 @@ def cluster(
     """`crowded` is a pair whose decode worker has room for about six of these answers."""
     decode = ("--block-size", "64")
     if request.param == "crowded":
-        decode = ("--block-size", "8", "--num-blocks", "60")
+        decode = ("--block-size", "8", "--num-blocks", str(CROWDED_BLOCKS))
     with serving(
         tmp_path_factory.mktemp(request.param),
         model,
@@ -121,7 +122,18 @@ def test_32_at_once_are_each_as_if_alone(
     got = at_once([partial(ask, prompt, **fields) for prompt, fields in jobs], 32)
     for (prompt, fields), answer in zip(jobs, got, strict=True):
         assert answer == reference.answer(prompt, COUNT, **fields), f"{len(prompt)} tokens"
-    cluster.until_idle(2)
+    status = cluster.until_idle(2)
+    crowded = any(worker["blocks"] == CROWDED_BLOCKS for worker in status["workers"])
+    assert (evictions(cluster) > 0) == crowded
+
+
+def evictions(cluster: Cluster) -> float:
+    exposition = get(cluster.url, "/metrics").body
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in exposition.splitlines()
+        if line.startswith("vllm:num_preemptions_total")
+    )
 
 
 def test_cached_prefixes_change_nothing(

@@ -15,6 +15,7 @@ import pytest
 from tests.e2e.client import DONE, at_once, complete, raw_post, stream
 from tests.e2e.cluster import Cluster, serving
 from tests.e2e.test_cancel import COMPLETIONS, LONG_ANSWER, long_prompt
+from tests.e2e.test_loss import decoding
 
 ANSWER: dict[str, Any] = {"ignore_eos": True, "temperature": 0, "return_timeline": True}
 
@@ -110,7 +111,7 @@ def test_a_drain_has_an_end(cluster: Cluster) -> None:
     cluster["decode-0"].signal(signal.SIGTERM)
     assert cluster["decode-0"].wait() == 0
     with stream(cluster.url, COMPLETIONS, LONG_ANSWER) as events:
-        next(events)
+        decoding(events)
         cluster["hasty"].signal(signal.SIGTERM)
         *_, last = events
     assert last["error"]["code"] == "worker_lost"

@@ -49,7 +49,6 @@ def test_a_hit_leaves_at_least_one_token_to_compute(tokens: range | list[int], c
     assert second.computed == second.cached_tokens == cached
     assert second.blocks[: cached // SIZE] == first.blocks[: cached // SIZE]
     assert not set(second.blocks[cached // SIZE :]) & set(first.blocks)
-    assert (given.queries, given.hits) == (12 + len(tokens), cached)
     assert pool.counts().owned == len({*first.blocks, *second.blocks})
 
 
