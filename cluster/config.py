@@ -1,35 +1,71 @@
 """Configuration: one frozen dataclass per process, from a YAML file and flags, checked once.
 
 A field is a flag is a YAML key: `max_num_seqs` is `--max-num-seqs` and `max-num-seqs:`. Flags win
-over the file. Names are vLLM's where vLLM has the thing. The environment is read here alone.
+over the file. Names are vLLM's where vLLM has the thing. The environment is read here alone; what
+it configures is the API keys, because every user of a machine can read its command lines.
 """
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import ipaddress
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Final, TypeVar, get_args, get_type_hints
 
 import yaml
 
 from cluster.errors import StartError
 from cluster.messages import ROLES
+from cluster.model import DTYPES
 
 Config = TypeVar("Config", bound="Common")
 
 BUILT_IN = Path(__file__).parents[1] / "engine" / "tiny" / "model"
 """The checkpoint of baton-tiny. A path, because this package knows nothing of the engine."""
 
+API_KEYS: Final = "BATON_API_KEYS"
+"""The environment variable with API keys, one a line, for when no flag and no file names any."""
 
-def option(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field with what its flag needs."""
-    metadata = {"help": help, **extra}
-    if isinstance(default, tuple):
-        return field(default=default, metadata={**metadata, "many": True})
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+
+MAX_BODY_BYTES: Final = 16 << 20
+"""What fits into one frame of the data plane (kvtransfer.frames.MAX_BODY), so into one chunk."""
+
+LONGEST_S: Final = 1_000_000
+"""Eleven days. A timer beyond that is a slip, or infinity."""
+
+_KEY = re.compile(r"[\x21-\x7e]+")  # what may follow "Bearer "
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    minimum: float = 0,
+    maximum: float = math.inf,
+    choices: Sequence[str] = (),
+    hidden: bool = False,
+    secret: bool = False,
+) -> Any:
+    """A dataclass field with what its flag needs. The bounds of a number are themselves allowed.
+
+    A secret is never put on a command line nor into an error.
+    """
+    metadata = {
+        "help": help,
+        "minimum": minimum,
+        "maximum": maximum,
+        "choices": choices,
+        "hidden": hidden,
+        "secret": secret,
+        "many": isinstance(default, tuple),
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -39,8 +75,10 @@ class Common:
 
     model: str = option("", "checkpoint directory; empty for the built-in baton-tiny")
     max_model_len: int = option(0, "longest prompt + answer in tokens; 0 takes the model's own")
-    log_level: str = option("info", "debug, info, warning or error")
-    shutdown_timeout: float = option(30.0, "seconds that running requests get to finish on SIGTERM")
+    log_level: str = option("info", "debug, info, warning or error", choices=LOG_LEVELS)
+    shutdown_timeout: float = option(
+        30.0, "seconds that running requests get to finish on SIGTERM", maximum=LONGEST_S
+    )
     die_with: int = option(0, "end at once when the process with this id dies", hidden=True)
 
 
@@ -48,19 +86,28 @@ class Common:
 class GatewayConfig(Common):
     """`baton gateway`"""
 
-    host: str = option("127.0.0.1", "address of the HTTP server")
-    port: int = option(8000, "port of the HTTP server")
+    host: str = option("127.0.0.1", "address of the HTTP server; off loopback only with API keys")
+    port: int = option(8000, "port of the HTTP server", minimum=1, maximum=65535)
     grpc_host: str = option(
-        "127.0.0.1", "address of the gRPC server; loopback only, it has no keys"
+        "127.0.0.1", "address of the gRPC server; loopback only, workers have no keys"
     )
-    grpc_port: int = option(8001, "port of the gRPC server: clients and joining workers")
+    grpc_port: int = option(
+        8001, "port of the gRPC server: clients and joining workers", minimum=1, maximum=65535
+    )
     served_model_name: tuple[str, ...] = option(
         (), "names that clients may use; the first is shown"
     )
-    api_key: tuple[str, ...] = option((), "accept only these bearer tokens; repeatable")
-    max_waiting: int = option(1024, "requests without a first token before 503")
-    queue_timeout: float = option(60.0, "seconds a request waits for room before 503")
-    request_timeout: float = option(600.0, "seconds a request may take altogether")
+    api_key: tuple[str, ...] = option(
+        (), f"accept only these bearer tokens; repeatable, or in ${API_KEYS}", secret=True
+    )
+    api_key_file: str = option("", "file with bearer tokens, one a line; shows in no process list")
+    max_waiting: int = option(1024, "requests without a first token before 503", minimum=1)
+    queue_timeout: float = option(
+        60.0, "seconds a request waits for room before 503", maximum=LONGEST_S
+    )
+    request_timeout: float = option(
+        600.0, "seconds a request may take altogether", minimum=0.001, maximum=LONGEST_S
+    )
     allow_unknown_fields: bool = option(False, "ignore request fields we do not know")
 
 
@@ -68,19 +115,34 @@ class GatewayConfig(Common):
 class WorkerOptions(Common):
     """What all workers of a launch share."""
 
-    dtype: str = option("auto", "auto, float32, float16 or bfloat16")
-    load_format: str = option("auto", "auto, or dummy for random weights of the model's shape")
-    seed: int = option(0, "of dummy weights")
-    block_size: int = option(16, "tokens per KV block; pools may differ")
+    dtype: str = option("auto", "auto, float32, float16 or bfloat16", choices=("auto", *DTYPES))
+    load_format: str = option(
+        "auto",
+        "auto, or dummy for random weights of the model's shape",
+        choices=("auto", "dummy"),
+    )
+    seed: int = option(0, "of dummy weights", maximum=2**63 - 1)
+    block_size: int = option(16, "tokens per KV block; pools may differ", minimum=1)
     num_blocks: int = option(0, "KV blocks; 0 fills --kv-cache-memory-bytes")
-    kv_cache_memory_bytes: int = option(1 << 30, "memory for KV when --num-blocks is 0")
-    max_num_seqs: int = option(256, "sequences that a decode worker runs at once")
-    max_num_batched_tokens: int = option(512, "tokens per step: the size of a prefill chunk")
+    kv_cache_memory_bytes: int = option(1 << 30, "memory for KV when --num-blocks is 0", minimum=1)
+    max_num_seqs: int = option(256, "sequences that a decode worker runs at once", minimum=1)
+    max_num_batched_tokens: int = option(
+        512, "tokens per step: the size of a prefill chunk", minimum=1
+    )
     enable_prefix_caching: bool = option(True, "keep the KV of past prompts for shared prefixes")
-    threads: int = option(1, "CPU threads of the step loop")
-    lease: float = option(10.0, "seconds a promised landing waits for its KV and its start")
-    chunk_bytes: int = option(2 << 20, "KV bytes that one pushed chunk aims at")
-    credit_bytes: int = option(64 << 20, "unacknowledged KV bytes per link")
+    threads: int = option(1, "CPU threads of the step loop", minimum=1)
+    lease: float = option(
+        10.0,
+        "seconds a promised landing waits for its KV and its start",
+        minimum=1,
+        maximum=LONGEST_S,
+    )
+    chunk_bytes: int = option(
+        2 << 20, "KV bytes that one pushed chunk aims at", minimum=1, maximum=MAX_BODY_BYTES
+    )
+    credit_bytes: int = option(
+        64 << 20, "unacknowledged KV bytes per link; at least --chunk-bytes", minimum=1
+    )
 
 
 @dataclass(frozen=True)
@@ -91,8 +153,8 @@ class WorkerConfig(WorkerOptions):
     join: tuple[str, ...] = option(("127.0.0.1:8001",), "gRPC address of a gateway; repeatable")
     name: str = option("", "unique in the cluster; empty makes one")
     host: str = option("127.0.0.1", "address of the control and data planes; loopback only")
-    port: int = option(0, "port of the gRPC control plane; 0 picks a free one")
-    data_port: int = option(0, "port of the KV data plane; 0 picks a free one")
+    port: int = option(0, "port of the gRPC control plane; 0 picks a free one", maximum=65535)
+    data_port: int = option(0, "port of the KV data plane; 0 picks a free one", maximum=65535)
     pin: tuple[int, ...] = option((), "CPU cores to stay on")
 
 
@@ -100,16 +162,21 @@ class WorkerConfig(WorkerOptions):
 class ServeConfig(WorkerOptions, GatewayConfig):
     """`baton serve`: a gateway and its workers on this machine"""
 
-    log_level: str = option("warning", "debug, info, warning or error")
+    log_level: str = option("warning", "debug, info, warning or error", choices=LOG_LEVELS)
     prefill: int = option(1, "prefill workers")
     decode: int = option(1, "decode workers")
     both: int = option(0, "undivided workers")
     decode_block_size: int = option(0, "KV block size of decode workers, where it differs")
-    start_timeout: float = option(600.0, "seconds until everything must be ready")
+    start_timeout: float = option(
+        600.0, "seconds until everything must be ready", minimum=1, maximum=LONGEST_S
+    )
 
 
 def load(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
-    """Parse flags over an optional `--config` YAML file. Raises StartError with what to change."""
+    """Parse flags over an optional `--config` YAML file. Raises StartError with what to change.
+
+    The keys of an `--api-key-file` are in `api_key` afterwards, like those given in any other way.
+    """
     parser = _parser(kind, prog)
     try:
         known, unknown = parser.parse_known_args(list(argv))
@@ -124,60 +191,99 @@ def load(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
     values.update(given)
     if positional is not None:
         values["model"] = positional
-    try:
-        config = kind(**{key: _frozen(value) for key, value in values.items()})
-    except TypeError as error:
-        raise StartError(str(error)) from None
+    if "api_key" in kind.__dataclass_fields__ and not {"api_key", "api_key_file"} & values.keys():
+        values["api_key"] = environment(API_KEYS).split()
+    config = kind(**{key: _frozen(value) for key, value in values.items()})
     check(config)
+    if isinstance(config, GatewayConfig) and config.api_key_file:
+        keys = (*config.api_key, *_read_keys(Path(config.api_key_file)))
+        return replace(config, api_key=keys, api_key_file="")
     return config
 
 
 def check(config: Common) -> None:
-    """Raises StartError for values that cannot work, with the flag's name."""
+    """Raises StartError for what cannot work: the flag, its value and what is allowed."""
     hints = get_type_hints(type(config))
     for entry in fields(config):
-        value = getattr(config, entry.name)
-        flag = _flag(entry.name)
-        kind = hints[entry.name]
-        wrong_type = (
-            (kind is bool and not isinstance(value, bool))
-            or (
-                kind in (int, float)
-                and (isinstance(value, bool) or not isinstance(value, int | float))
-            )
-            or (kind is int and not isinstance(value, int))
-            or (kind is str and not isinstance(value, str))
+        kind, value = hints[entry.name], getattr(config, entry.name)
+        if entry.metadata["many"]:
+            kind = get_args(kind)[0]
+        for one in value if entry.metadata["many"] else (value,):
+            _check_value(_flag(entry.name), one, kind, entry.metadata)
+    _check_together(config)
+
+
+def _check_value(flag: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> None:
+    shown = "a value" if metadata["secret"] else repr(value)
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, _TYPES[kind]):
+        raise StartError(f"{flag}: {shown} is not {_NAMES[kind]}")
+    if metadata["secret"] and not _KEY.fullmatch(value):
+        raise StartError(f"{flag}: {shown} is not a key: visible ASCII characters without spaces")
+    if metadata["choices"] and value not in metadata["choices"]:
+        raise StartError(f"{flag}: {shown} is not one of {', '.join(metadata['choices'])}")
+    low, high = metadata["minimum"], metadata["maximum"]
+    if kind in (int, float) and not low <= value <= high:
+        allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise StartError(f"{flag}: {shown} is not {allowed}")
+
+
+_TYPES = {int: int, float: (int, float), bool: bool, str: str}
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def _check_together(config: Common) -> None:
+    """What only several values, or more than their bounds, show."""
+    if config.max_model_len == 1:
+        raise StartError("--max-model-len: 1 holds no prompt and answer: at least 2, or 0")
+    if isinstance(config, WorkerOptions) and config.credit_bytes < config.chunk_bytes:
+        raise StartError(
+            f"--credit-bytes: {config.credit_bytes} is not at least --chunk-bytes "
+            f"{config.chunk_bytes}: no chunk could be sent"
         )
-        if wrong_type:
-            raise StartError(f"{flag}: {value!r} is not {_name(kind)}")
-        if kind in (int, float) and value < 0:
-            raise StartError(f"{flag}: must not be negative, is {value}")
-        choices = entry.metadata.get("choices")
-        if choices and value not in choices:
-            raise StartError(f"{flag}: {value!r} is not one of {', '.join(choices)}")
-        if entry.name.endswith("port") and value > 65535:
-            raise StartError(f"{flag}: {value} is not a port")
-    for name in ("grpc_host",) if isinstance(config, GatewayConfig) else ("host",):
-        if getattr(config, name, "127.0.0.1") not in ("127.0.0.1", "localhost", "::1"):
-            raise StartError(
-                f"{_flag(name)}: this plane has no authentication yet, so it stays on loopback"
-            )
+    if isinstance(config, WorkerConfig) and not config.join:
+        raise StartError("--join: none is given, and a worker without a gateway has no work")
+    inner = "grpc_host" if isinstance(config, GatewayConfig) else "host"
+    if not _on_loopback(getattr(config, inner, "localhost")):
+        raise StartError(
+            f"{_flag(inner)}: {getattr(config, inner)!r} is not a loopback address, and this "
+            "plane has no authentication yet"
+        )
+    if (
+        isinstance(config, GatewayConfig)
+        and not _on_loopback(config.host)
+        and not (config.api_key or config.api_key_file)
+    ):
+        raise StartError(
+            f"--host {config.host} without --api-key would answer everybody: give --api-key or "
+            "--api-key-file, or a loopback address"
+        )
+
+
+def _on_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def flags(config: Common, kind: type[Common]) -> list[str]:
-    """The command line that makes a `kind` from the fields it shares with `config`."""
+    """The command line that makes a `kind` from the fields it shares with `config`, less secrets."""
     arguments: list[str] = []
     for entry in fields(kind):
         value = getattr(config, entry.name, entry.default)
-        if value == entry.default:
+        if value == entry.default or entry.metadata["secret"]:
             continue
         if isinstance(value, bool):
             arguments.append(_flag(entry.name) if value else _flag("no_" + entry.name))
-        elif isinstance(value, tuple):
-            arguments += [word for item in value for word in (_flag(entry.name), str(item))]
-        else:
-            arguments += [_flag(entry.name), str(value)]
+        else:  # in one word: a value of its own might begin with "-" and look like a flag
+            items = value if isinstance(value, tuple) else (value,)
+            arguments += [f"{_flag(entry.name)}={item}" for item in items]
     return arguments
+
+
+def child_environment(api_key: Sequence[str] = ()) -> dict[str, str]:
+    """Our own environment for a child process, with these keys in place of ours."""
+    return {**os.environ, API_KEYS: "\n".join(api_key)}
 
 
 def _parser(kind: type[Common], prog: str) -> argparse.ArgumentParser:
@@ -188,19 +294,18 @@ def _parser(kind: type[Common], prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="YAML file with these flags as keys")
     hints = get_type_hints(kind)
     for entry in fields(kind):
-        hidden = entry.metadata.get("hidden", False)
         default = (
             " ".join(map(str, entry.default)) if isinstance(entry.default, tuple) else entry.default
         )
         text = f"{entry.metadata['help']} (default: {default if default != '' else 'none'})"
-        settings: dict[str, Any] = {"help": argparse.SUPPRESS if hidden else text}
+        settings: dict[str, Any] = {"help": argparse.SUPPRESS if entry.metadata["hidden"] else text}
         if hints[entry.name] is bool:
             settings["action"] = argparse.BooleanOptionalAction
-        elif entry.metadata.get("many"):
+        elif entry.metadata["many"]:
             settings |= {"action": "extend", "nargs": "+", "type": get_args(hints[entry.name])[0]}
         else:
             settings["type"] = hints[entry.name]
-        if not settings.get("action") or entry.metadata.get("many"):
+        if hints[entry.name] is not bool:
             settings["metavar"] = entry.name.upper()
         parser.add_argument(_flag(entry.name), default=None, **settings)
     return parser
@@ -223,9 +328,26 @@ def _read_yaml(kind: type[Common], path: Path) -> dict[str, Any]:
             raise StartError(
                 f"{path}: " + _unknown("key", str(key), [n.replace("_", "-") for n in names])
             )
-        many = names[name].metadata.get("many")
+        many = names[name].metadata["many"]
         values[name] = [value] if many and not isinstance(value, list) else value
     return values
+
+
+def _read_keys(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"--api-key-file {path}: {getattr(error, 'strerror', error)}") from None
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
+        raise StartError(f"--api-key-file {path}: holds no key; one a line is expected")
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and not _KEY.fullmatch(line.strip()):
+            raise StartError(
+                f"--api-key-file {path}: line {number} is not a key: visible ASCII characters "
+                "without spaces"
+            )
+    return keys
 
 
 def _unknown(what: str, given: str, known: Sequence[str]) -> str:
@@ -239,11 +361,6 @@ def _frozen(value: Any) -> Any:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return names.get(get_origin(kind) or kind, str(kind))
 
 
 def model_directory(config: Common) -> Path:

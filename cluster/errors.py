@@ -1,8 +1,8 @@
 """Every failure Baton tells anyone about, in one tree.
 
 Each class carries what a client sees: HTTP status, gRPC status, OpenAI error type and code, and
-whether trying again may help. `gateway.app` turns it into an HTTP answer and `gateway.grpc` into a
-gRPC status; nothing else decides a status.
+whether trying again may help. `gateway.app` turns it into an HTTP answer, `gateway.inference` into
+a gRPC status; nothing else decides a status.
 """
 
 from __future__ import annotations

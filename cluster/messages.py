@@ -244,7 +244,7 @@ class Failed:
     """The worker gave the request up and freed what it held. `code` names a class of errors.
 
     codes: full (a landing cannot be promised now), too_large (it never can), transfer_failed,
-    lease_expired, draining, engine_error.
+    lease_expired, draining, engine_error, wrong_role (a bug of the gateway's).
     """
 
     request_id: str

@@ -23,15 +23,55 @@ from cluster.messages import Load
 
 # Counters that workers keep and send in Load.counters. Exposed with `_total` behind the name.
 PREEMPTIONS: Final = "vllm:num_preemptions"
+STEPS: Final = "baton_steps"
+STEP_TOKENS: Final = "baton_step_tokens"
 KV_TRANSFER_BYTES: Final = "baton_kv_transfer_bytes"
 KV_TRANSFER_FAILURES: Final = "baton_kv_transfer_failures"  # label reason
+KV_TRANSFER_SECONDS: Final = "baton_kv_transfer_seconds"
+HANDOFFS_SENT: Final = "baton_handoffs_sent"
+KV_CHUNKS: Final = "baton_kv_chunks"
+KV_CHUNKS_RESENT: Final = "baton_kv_chunks_resent"
+KV_CHUNKS_REPEATED: Final = "baton_kv_chunks_repeated"
 KV_LEASE_EXPIRED: Final = "baton_kv_lease_expired"
+LANDINGS: Final = "baton_landings"  # label event
+FRAMES_REJECTED: Final = "baton_frames_rejected"  # label reason
+BAD_FRAMES: Final = "baton_bad_frames"  # label reason
+LINKS_ENDED: Final = "baton_links_ended"  # label reason
+ANSWERS_UNDELIVERED: Final = "baton_answers_undelivered"
 
 _WORKER_COUNTERS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     PREEMPTIONS: ("Running sequences evicted to be computed again later.", ()),
+    STEPS: ("Steps that computed something.", ()),
+    STEP_TOKENS: (
+        "Tokens computed by all steps, prompt and generated; over baton_steps the mean batch.",
+        (),
+    ),
     KV_TRANSFER_BYTES: ("KV bytes sent or received, payload only.", ()),
     KV_TRANSFER_FAILURES: ("Handoffs whose KV did not arrive whole.", ("reason",)),
+    KV_TRANSFER_SECONDS: (
+        "Transfer time that computing did not hide, from a prompt's last KV to its sealed landing;"
+        " over baton_handoffs_sent the mean of a handoff.",
+        (),
+    ),
+    HANDOFFS_SENT: ("Handoffs whose landing was sealed.", ()),
+    KV_CHUNKS: ("KV chunks sent or received, each once.", ()),
+    KV_CHUNKS_RESENT: ("KV chunks sent again because they arrived damaged.", ()),
+    KV_CHUNKS_REPEATED: ("KV chunks that had come before; not written again.", ()),
     KV_LEASE_EXPIRED: ("Promised or held blocks taken back by the sweep.", ()),
+    LANDINGS: ("What happened to landings, besides that they expired.", ("event",)),
+    FRAMES_REJECTED: (
+        "Intact frames that no landing would take, stale ones among them; nothing was written.",
+        ("reason",),
+    ),
+    BAD_FRAMES: (
+        "Frames dropped unread: damaged, malformed, fenced (no handshake) or of a cut link.",
+        ("reason",),
+    ),
+    LINKS_ENDED: (
+        "Links refused at the handshake, evicted by a newer one, or cut for overdrawn credit.",
+        ("reason",),
+    ),
+    ANSWERS_UNDELIVERED: ("Answers to frames whose sender was gone or did not read them.", ()),
 }
 
 PHASES: Final = (
@@ -185,10 +225,6 @@ class GatewayMetrics:
             ("model_name", "outcome"),
             registry=self.registry,
         )
-        self._fallback = self._counter(
-            "baton_fallback",
-            "Requests that a decode worker prefilled for want of a prefill worker.",
-        )
         self._cancelled = self._counter(
             "baton_requests_cancelled", "Calls whose client went away before the end."
         )
@@ -263,9 +299,6 @@ class GatewayMetrics:
     def handoff(self, outcome: str) -> None:
         """`outcome` is one of a few words of ours, never text from outside."""
         self._handoffs.labels(self._model, outcome).inc()
-
-    def fallback(self) -> None:
-        self._fallback.inc()
 
     def cancelled(self) -> None:
         self._cancelled.inc()

@@ -38,4 +38,6 @@ def plan(
         evicted.append(victim)
     singles = tuple(Chunk(sequence, 1) for sequence in running)
     prompts = prefill.chunks(prefilling, budget - len(singles))
+    if not (singles or prompts):
+        return Plan()  # an eviction that lets nobody run is for nothing: wait for landings to go
     return Plan(singles + prompts, tuple(evicted))

@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster import metrics
 from cluster.clock import Clock
-from cluster.errors import BatonError, BlocksExhausted
+from cluster.errors import BatonError
 from cluster.messages import (
     Cancel,
     Event,
@@ -27,7 +27,6 @@ from cluster.messages import (
     Promised,
     Request,
     Start,
-    Token,
 )
 from cluster.orders import Drain, Ordered, SessionClosed, Tick
 from decode import scheduler
@@ -54,7 +53,7 @@ class _Started:
 
 
 class DecodeStage:
-    """Owned by the step thread. Of a `both` worker nobody asks for a landing."""
+    """Owned by the step thread. Without `promises` it takes no KV in: the role `both`."""
 
     def __init__(
         self,
@@ -67,6 +66,7 @@ class DecodeStage:
         budget: int,
         max_sequences: int,
         clock: Clock,
+        promises: bool = True,
     ) -> None:
         self._cache = cache
         self._pool = pool
@@ -75,6 +75,7 @@ class DecodeStage:
         self._landings = landings
         self._budget = budget
         self._max_sequences = max_sequences
+        self._promises = promises
         self._clock = clock
         self._queue = PromptQueue(allocator)
         self._running: list[Sequence] = []  # oldest first
@@ -90,7 +91,7 @@ class DecodeStage:
                 sealed = self._landings.receive(order, self._clock())
                 if sealed is not None and sealed[0] in self._started:
                     self._join(self._started.pop(sealed[0]))
-            case Ordered(session, Promise(request, attempt)):
+            case Ordered(session, Promise(request, attempt)) if self._promises:
                 self._promise(session, request, attempt)
             case Ordered(session, Start() as start):
                 self._join(_Started(start, session, self._clock()))
@@ -111,20 +112,13 @@ class DecodeStage:
     def _promise(self, session: int, request: Request, attempt: int) -> None:
         if self._known(request.id, attempt):
             return  # said twice, or fenced
-        code = self._refusal(request)
-        needed = -(-len(request.tokens) // self._pool.block_size)
-        if not code and needed > self._pool.available - self._spare:
-            code = "full"
-        if not code and self._queue.waiting:
-            code = "full"  # the evicted come first, or newcomers would starve them
-        try:
-            if not code:
-                keys = self._allocator.prompt_keys(request)
+        keys = self._allocator.prompt_keys(request)
+        code = self._refusal(request) or self._fullness(request, keys)
+        if not code:
+            try:
                 landing = self._landings.promise(request, attempt, self._clock(), keys)
-        except BlocksExhausted:
-            code = "full"
-        except BatonError as error:
-            code = error.code
+            except BatonError as error:
+                code = error.code
         if code:
             self._tell_failed(session, request.id, attempt, code)
         else:
@@ -134,7 +128,7 @@ class DecodeStage:
     def _generate(self, sequence: Sequence) -> None:
         if self._known(*sequence.key):
             return  # said twice, or fenced
-        code = self._refusal(sequence.request, seats=False)
+        code = self._refusal(sequence.request)
         if code:
             self._tell_failed(sequence.session, *sequence.key, code)
         else:
@@ -147,16 +141,23 @@ class DecodeStage:
             for s in (*self._running, *self._queue)
         )
 
-    def _refusal(self, request: Request, seats: bool = True) -> str:
+    def _refusal(self, request: Request) -> str:
         """Why it is not taken, or nothing."""
         if self._draining:
             return "draining"
-        longest = request.prompt_tokens + request.sampling.max_tokens
-        if longest > self._pool.total * self._pool.block_size:
-            return "too_large"
-        if seats and len(self._running) + len(self._landings) >= self._max_sequences:
+        # An answer's last token needs no room: nothing is computed from it.
+        longest = request.prompt_tokens + request.sampling.max_tokens - 1
+        return "too_large" if longest > self._pool.total * self._pool.block_size else ""
+
+    def _fullness(self, request: Request, keys: list[bytes]) -> str:
+        """Whether there is no seat or no room for a landing now."""
+        if len(self._running) + len(self._landings) >= self._max_sequences:
             return "full"
-        return ""
+        if self._queue.waiting:
+            return "full"  # the evicted come first, or newcomers would starve them
+        found, unheld = self._pool.peek(keys)
+        lacking = -(-len(request.tokens) // self._pool.block_size) - found
+        return "full" if lacking + unheld + self._spare > self._pool.available else ""
 
     @property
     def _spare(self) -> int:
@@ -221,7 +222,7 @@ class DecodeStage:
         batch = Batch.of(plan, self._cache)
         return batch, DecodeAttention(self._cache, batch, self._windows)
 
-    def accept(self, plan: Plan, sampled: list[Sampled]) -> None:
+    def accept(self, plan: Plan, sampled: list[Sampled | None]) -> None:
         tokens = iter(sampled)
         for chunk in plan.chunks:
             sequence = chunk.sequence
@@ -231,35 +232,20 @@ class DecodeStage:
             if samples:
                 self._append(sequence, next(tokens))
 
-    def _append(self, sequence: Sequence, sampled: Sampled) -> None:
+    def _append(self, sequence: Sequence, sampled: Sampled | None) -> None:
         """Tell the token. Who came through the queue runs from here on; who is finished leaves."""
-        index = sequence.next_index
-        sequence.tokens.append(sampled.token)
-        finish, stop_token = sequence.finish_after(sampled.token)
+        if sampled is None:
+            self._fail(sequence)
+            return
         assert sequence.scheduled is not None
         elapsed = self._clock() - sequence.scheduled
         if "decode_admit" in sequence.spans:
             sequence.spans["first_step"] = elapsed
         elif "prefill_queue" in sequence.spans:
             sequence.spans["prefill"] = elapsed
-        self._mail.append(
-            (
-                sequence.session,
-                Token(
-                    request_id=sequence.request.id,
-                    attempt=sequence.attempt,
-                    index=index,
-                    token=sampled.token,
-                    finish=finish,
-                    stop_token=stop_token,
-                    logprobs=sampled.logprobs,
-                    spans=tuple(sequence.spans.items()),
-                    cached_tokens=sequence.cached_tokens,
-                ),
-            )
-        )
-        sequence.spans.clear()
-        if finish:
+        token = sequence.take(sampled.token, sampled.logprobs)
+        self._mail.append((sequence.session, token))
+        if token.finish:
             self._remove(sequence)
             self._allocator.free(sequence)
         elif sequence in self._queue.prefilling:
@@ -268,10 +254,12 @@ class DecodeStage:
 
     def fail(self, plan: Plan, error: Exception) -> None:
         for chunk in plan.chunks:
-            sequence = chunk.sequence
-            self._tell_failed(sequence.session, *sequence.key, "engine_error")
-            self._remove(sequence)
-            self._allocator.free(sequence)
+            self._fail(chunk.sequence)
+
+    def _fail(self, sequence: Sequence) -> None:
+        self._tell_failed(sequence.session, *sequence.key, "engine_error")
+        self._remove(sequence)
+        self._allocator.free(sequence)
 
     def mail(self) -> list[Any]:
         mail, self._mail = self._mail, []

@@ -37,7 +37,8 @@ class Allocator:
         sequence.blocks = matched + self._pool.take(missing)
         sequence.published = len(matched)
         sequence.computed = len(matched) * size
-        sequence.cached_tokens = sequence.computed
+        if sequence.scheduled is None:  # what an evicted one finds again was its own work
+            sequence.cached_tokens = sequence.computed
 
     def grow(self, sequence: Sequence, tokens: int) -> None:
         """Blocks for its first `tokens` tokens. Raises BlocksExhausted, took none."""

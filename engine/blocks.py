@@ -145,6 +145,17 @@ class BlockPool:
             else:
                 self._free_up(block.number)
 
+    def peek(self, keys: Iterable[bytes]) -> tuple[int, int]:
+        """How many blocks `match` would find, and how many of these nobody holds now."""
+        found = unheld = 0
+        for key in keys:
+            number = self._by_key.get(key)
+            if number is None:
+                break
+            found += 1
+            unheld += number in self._cached
+        return found, unheld
+
     def match(self, keys: Iterable[bytes]) -> list[Block]:
         """The longest run of published blocks from the first key on; the caller now holds them."""
         matched: list[Block] = []

@@ -36,14 +36,15 @@ class Inbox:
         self._queue.put(order)
 
     def take(self, wait: bool) -> Iterable[Any]:
-        """All that has arrived, in order. With `wait`, blocks until there is something."""
+        """What has arrived by now, in order. With `wait`, blocks until there is something.
+
+        What comes while this is worked through waits for the next step, so that a burst of KV holds
+        up the running answers no longer than one credit's worth of it takes.
+        """
         if wait:
             yield self._queue.get()
-        while True:
-            try:
-                yield self._queue.get_nowait()
-            except queue.Empty:
-                return
+        for _ in range(self._queue.qsize()):
+            yield self._queue.get_nowait()
 
 
 class Stage(Protocol):
@@ -61,8 +62,8 @@ class Stage(Protocol):
     def batch(self, plan: Plan) -> tuple[Batch, Attend]:
         """The plan as tensors, and the attention to run it with."""
 
-    def accept(self, plan: Plan, sampled: list[Sampled]) -> None:
-        """Account for a finished step: tokens, endings, blocks."""
+    def accept(self, plan: Plan, sampled: list[Sampled | None]) -> None:
+        """Account for a finished step: tokens, endings, blocks. None: no token could be chosen."""
 
     def fail(self, plan: Plan, error: Exception) -> None:
         """A step raised: give up every sequence in it."""
@@ -75,7 +76,7 @@ class Stage(Protocol):
 
 
 class Forward(Protocol):
-    def forward(self, batch: Batch, attend: Attend) -> list[Sampled]: ...
+    def forward(self, batch: Batch, attend: Attend) -> list[Sampled | None]: ...
 
 
 def step(stage: Stage, runner: Forward) -> bool:

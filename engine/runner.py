@@ -17,10 +17,10 @@ class Runner:
         self.layers = 0  # begun so far: shows that a long step goes on
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, attend: Attend) -> list[Sampled]:
+    def forward(self, batch: Batch, attend: Attend) -> list[Sampled | None]:
         """One step. `attend` computes attention and writes the step's KV; it comes from the stage.
 
-        Returns one Sampled for each of `batch.samples`.
+        Returns one Sampled for each of `batch.samples`, None where the logits were not finite.
         """
 
         def counted(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,6 @@ import torch
 from cluster.messages import Sampling
 from engine.sequence import Sequence
 
-GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy: dividing by them would overflow."""
-
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
@@ -32,19 +29,27 @@ class Sampled:
     logprobs: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
-    """Choose one token for each row of `logits` [rows, vocab] float32, which may be overwritten."""
+def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled | None]:
+    """Choose one token for each row of `logits` [rows, vocab] float32, which may be overwritten.
+
+    A row that holds a NaN or an infinity yields None: whatever it was computed from is broken, and
+    its largest entry would be an answer to nothing.
+    """
     if not sequences:
         return []
-    if all(_is_plain(sequence) for sequence in sequences):
+    sound = torch.isfinite(logits).all(dim=-1).tolist()
+    if all(sound) and all(_is_plain(sequence) for sequence in sequences):
         return [Sampled(token) for token in logits.argmax(dim=-1).tolist()]
-    return [_sample_one(row, sequence) for row, sequence in zip(logits, sequences, strict=True)]
+    return [
+        _sample_one(row, sequence) if fine else None
+        for row, sequence, fine in zip(logits, sequences, sound, strict=True)
+    ]
 
 
 def _is_plain(sequence: Sequence) -> bool:
     sampling = sequence.request.sampling
     return (
-        sampling.temperature < GREEDY_BELOW
+        sampling.temperature == 0
         and sampling.logprobs is None
         and not sampling.logit_bias
         and not _has_penalties(sampling)
@@ -71,7 +76,7 @@ def _sample_one(logits: torch.Tensor, sequence: Sequence) -> Sampled:
         logits[list(sampling.stop_token_ids)] = -torch.inf
     if _has_penalties(sampling):
         penalise(logits, sequence.tokens, sequence.request.prompt_tokens, sampling)
-    if sampling.temperature < GREEDY_BELOW:
+    if sampling.temperature == 0:
         token = int(logits.argmax())
     else:
         token = _draw(logits, sampling, position=len(sequence.tokens))

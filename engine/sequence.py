@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cluster.messages import Request
+from cluster.messages import Request, Token
 from engine.blocks import Block
 
 
@@ -55,7 +55,26 @@ class Sequence:
         """How many blocks it lacks to hold its first `tokens` tokens."""
         return max(0, -(-tokens // block_size) - len(self.blocks))
 
-    def finish_after(self, token: int) -> tuple[str, int | None]:
+    def take(self, token: int, logprobs: tuple[tuple[int, float], ...]) -> Token:
+        """Append a sampled token. Returns what the gateway is told: it and the spans it ended."""
+        index = self.next_index
+        self.tokens.append(token)
+        finish, stop_token = self._finish_after(token)
+        told = Token(
+            request_id=self.request.id,
+            attempt=self.attempt,
+            index=index,
+            token=token,
+            finish=finish,
+            stop_token=stop_token,
+            logprobs=logprobs,
+            spans=tuple(self.spans.items()),
+            cached_tokens=self.cached_tokens,
+        )
+        self.spans.clear()
+        return told
+
+    def _finish_after(self, token: int) -> tuple[str, int | None]:
         """("stop" | "length" | "", the token id that stopped it) once `token` is appended."""
         sampling = self.request.sampling
         if token in sampling.stop_token_ids and self.next_index > sampling.min_tokens:

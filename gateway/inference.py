@@ -24,7 +24,8 @@ from cluster.ids import new_id
 from cluster.wire import inference_pb2 as wire
 from gateway import validate
 from gateway.ask import Ask
-from gateway.gateway import Gateway, Pools
+from gateway.gateway import Gateway
+from gateway.pools import Pools
 from gateway.stream import Answer, Delta, Emit
 
 log = logging.getLogger(__name__)

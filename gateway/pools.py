@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from cluster.errors import HandshakeRefused
+from cluster.errors import BadRequest, HandshakeRefused
 from cluster.messages import (
     BOTH,
     DECODE,
@@ -66,6 +66,19 @@ class Member:
     def usable(self) -> bool:
         """Whether new requests may go there."""
         return not self.load.draining and self.stuck_at is None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that it can hold at once."""
+        tokens = self.hello.blocks * self.hello.block_size
+        return min(tokens, self.hello.max_model_len or tokens)
+
+    def fits(self, request: Request) -> bool:
+        """Whether there would be room if it had nothing else to do."""
+        if self.hello.role == PREFILL:
+            return len(request.tokens) <= self.capacity
+        # The answer's last token needs no room: nothing is computed from it.
+        return request.prompt_tokens + request.sampling.max_tokens - 1 <= self.capacity
 
     def view(self, marks: list[int]) -> View:
         load, hello = self.load, self.hello
@@ -214,10 +227,14 @@ class Pools:
         self._changed = asyncio.Event()
 
     def route(self, request: Request, avoid: Collection[Peer] = ()) -> Route | None:
-        """The best pair, or the best `both` worker where there is no pair. None: nobody can."""
+        """The best pair, or the best `both` worker where there is no pair. None: nobody can now.
+
+        Raises BadRequest for a request that is larger than every worker.
+        """
+        self._check_size(request)
         marks = router.prefix_marks(request)
         tokens = len(request.tokens)
-        open_to = [m for m in self.members if m.usable and m.peer not in avoid]
+        open_to = [m for m in self.members if m.usable and m.fits(request) and m.peer not in avoid]
         pool = {
             role: {m.peer.name: m for m in open_to if m.hello.role == role}
             for role in (PREFILL, DECODE, BOTH)
@@ -225,7 +242,7 @@ class Pools:
         views = {role: [m.view(marks) for m in pool[role].values()] for role in pool}
         prefill = router.choose_prefill(views[PREFILL], tokens)
         decode = router.choose_decode(views[DECODE], tokens)
-        alone = router.choose_undivided(views[BOTH], tokens)
+        alone = router.choose_prefill(views[BOTH], tokens)
         if prefill is not None and request.sampling.max_tokens == 1:
             route = Route(pool[PREFILL][prefill.name], None)  # one token needs no landing
         elif prefill is not None and decode is not None:
@@ -239,10 +256,23 @@ class Pools:
                 member.sent(request, marks)
         return route
 
+    def capacity(self) -> int | None:
+        """The longest prompt with answer that some worker has room for; None without workers."""
+        deciding = (m.capacity for m in self.members if m.hello.role != PREFILL)
+        return max(deciding, default=None)
+
+    def _check_size(self, request: Request) -> None:
+        present = {member.hello.role for member in self.members}
+        fitting = {member.hello.role for member in self.members if member.fits(request)}
+        if _can_answer(present) and not _can_answer(fitting):
+            raise BadRequest(
+                "The prompt and max_tokens do not fit into this server's KV cache.",
+                code="prompt_too_large_for_server",
+            )
+
     def ready(self) -> bool:
         """At least one pair, or one `both` worker, takes requests."""
-        roles = {member.hello.role for member in self.members if member.usable}
-        return BOTH in roles or {PREFILL, DECODE} <= roles
+        return _can_answer({member.hello.role for member in self.members if member.usable})
 
     def views(self) -> list[WorkerView]:
         """The workers as the metrics show them."""
@@ -271,6 +301,10 @@ class Pools:
                 for member in sorted(self.members, key=lambda m: (m.hello.role, m.peer.name))
             ],
         }
+
+
+def _can_answer(roles: set[str]) -> bool:
+    return BOTH in roles or {PREFILL, DECODE} <= roles
 
 
 async def serve_membership(

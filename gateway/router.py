@@ -41,11 +41,6 @@ def choose_decode(workers: Iterable[View], prompt_tokens: int) -> View | None:
     return min(workers, key=lambda w: (_decode_cost(w, prompt_tokens), w.name), default=None)
 
 
-def choose_undivided(workers: Iterable[View], prompt_tokens: int) -> View | None:
-    """The `both` worker that will have read the prompt first."""
-    return choose_prefill(workers, prompt_tokens)
-
-
 def _prefill_cost(worker: View, prompt_tokens: int) -> tuple[int, int]:
     return worker.queued_tokens + prompt_tokens - worker.cached_prefix, worker.requests
 
@@ -80,7 +75,7 @@ class PrefixMemory:
         return known * PREFIX_STEP
 
     def remember(self, marks: Sequence[int]) -> None:
-        for mark in marks:
+        for mark in reversed(marks):  # the head last: without it the rest cannot be found
             self._seen[mark] = None
             self._seen.move_to_end(mark)
         while len(self._seen) > self._most:

@@ -124,7 +124,9 @@ class Relay:
             event = await self.next_event()
             if isinstance(event, Failed):
                 _fail(event)
-            if isinstance(event, Token) and event.index == len(self.emitted):
+            if isinstance(event, Token) and event.index >= len(self.emitted):
+                if event.index > len(self.emitted):
+                    raise EngineFailed("A token of this answer got lost.")
                 self.emitted.append(event.token)
                 return event
 
@@ -200,14 +202,16 @@ class Sequencer:
             route, first = await self._first_token(relay)
         finally:
             self.waiting -= 1
-        yield first
         if first.finish:
+            yield first
             return
         assert route.decode is not None
         if route.prefill is not None:
+            # Before the token goes out: a client that reads slowly holds up nobody but itself.
             relay.to(Phase.HANDING_OFF)
             route.decode.session.send(Start(relay.request.id, first.token, relay.attempt))
             handed = self._clock()
+            yield first
             try:
                 second = await self._second_token(relay, route.prefill)
             except BatonError as error:
@@ -223,6 +227,7 @@ class Sequencer:
                 return
         else:
             relay.to(Phase.DECODING)
+            yield first
         while True:
             token = await relay.next_token()
             yield token

@@ -123,7 +123,7 @@ class Answer:
     async def prepare(cls, gateway: Gateway, ask: Ask, tenant: Tenant, arrived: float) -> Answer:
         """Tokenise and check against the context. Raises BadRequest; no worker knows of it yet."""
         prompts = await gateway.text.encode(ask)
-        max_tokens = validate.fit(ask, prompts, gateway.limits)
+        max_tokens = validate.fit(ask, prompts, gateway.limits_now())
         echoes = [await _echo(gateway, ask, number, ids) for number, ids in enumerate(prompts)]
         ready = gateway.clock()
         gateway.metrics.call(ask.n, max_tokens)

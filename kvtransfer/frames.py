@@ -38,12 +38,14 @@ from typing import Any, ClassVar, NamedTuple
 import xxhash
 
 from cluster.errors import HandshakeRefused
+from cluster.messages import KVLayout
 
 VERSION = 1
 MAGIC = b"BATN"
 MAX_BODY = 16 << 20
 DTYPES = ("float32", "float16", "bfloat16")
 """A dtype's code on the wire is its place here."""
+_ITEM_BYTES = (4, 2, 2)
 
 Buffer = bytes | bytearray | memoryview
 
@@ -91,16 +93,6 @@ class Box:
     @property
     def cells(self) -> int:
         return len(self.layers) * len(self.heads) * len(self.tokens)
-
-    def overlaps(self, other: Box) -> bool:
-        return all(
-            mine.start < its.stop and its.start < mine.stop
-            for mine, its in (
-                (self.layers, other.layers),
-                (self.heads, other.heads),
-                (self.tokens, other.tokens),
-            )
-        )
 
 
 class Fields:
@@ -252,6 +244,12 @@ class Frame(NamedTuple):
     fields: Fields
     body: Buffer
     digest: int  # of the body
+
+
+def row_bytes(layout: KVLayout) -> int:
+    """The least that a body must have room for: one token of one layer, in the widest group."""
+    widest = max(group.kv_heads * group.head_dim for group in layout.groups)
+    return 2 * widest * _ITEM_BYTES[DTYPES.index(layout.dtype)]
 
 
 def digest_of(body: Buffer) -> int:

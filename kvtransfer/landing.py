@@ -13,15 +13,17 @@ and the manifest's count and digest are those of what was written.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from cluster import metrics
 from cluster.errors import TransferFailed
 from cluster.ids import new_id
 from cluster.lifecycle import LandingState, advance_landing
 from cluster.messages import Landing, Peer, Request
 from engine.blocks import Block, BlockPool
-from engine.cache import KVCache, group_spans
+from engine.cache import KVCache
+from kvtransfer.cells import Cells
 from kvtransfer.frames import (
     Ack,
     Address,
@@ -36,6 +38,10 @@ from kvtransfer.frames import (
     combined,
 )
 from kvtransfer.receiver import Arrived
+
+
+_EVENTS = ("promised", "rearmed", "sealed", "started", "replaced", "cancelled")
+"""What may happen to a landing, besides that it expires."""
 
 
 @dataclass(eq=False, slots=True)
@@ -53,9 +59,9 @@ class Site:
     blocks: list[Block]
     found: int  # how many blocks the prefix cache had
     expires: float
+    cells: Cells
     state: LandingState = LandingState.PROMISED
     written: dict[int, tuple[Box, int]] = field(default_factory=dict)  # chunk -> box, digest
-    cells: int = 0
     manifest: Manifest | None = None
 
     @property
@@ -93,9 +99,6 @@ class Landings:
         self._lease_s = lease_s
         self._sites: dict[str, Site] = {}  # by request id
         self._by_id: dict[str, Site] = {}  # by landing id
-        layout = cache.layout
-        self._spans = group_spans(layout)
-        self._cells = sum(group.layers * group.kv_heads for group in layout.groups)  # per token
 
     def __len__(self) -> int:
         return len(self._sites)
@@ -129,7 +132,8 @@ class Landings:
             raise
         cached = found * self._pool.block_size
         landing = Landing(new_id(), 1, self._peer, self._address, cached, self._lease_s)
-        site = Site(landing, request, attempt, keys, blocks, found, now + self._lease_s)
+        cells = Cells(self._cache.layout, range(cached, len(request.tokens)))
+        site = Site(landing, request, attempt, keys, blocks, found, now + self._lease_s, cells)
         self._sites[request.id] = self._by_id[landing.id] = site
         self.counters["promised"] += 1
         return landing
@@ -169,17 +173,17 @@ class Landings:
             return
         box, size = chunk.box, self._pool.block_size
         _require(site.state is LandingState.PROMISED, "landing is sealed")
-        _require(self._inside(box, site), "outside the landing")
+        _require(site.cells.inside(box), "outside the landing")
         _require(chunk.dtype == self._cache.layout.dtype, "wrong dtype")
         expected = self._cache.token_bytes(box.layers, box.heads) * len(box.tokens)
         _require(len(body) == expected, "wrong size")
-        _require(not any(box.overlaps(other) for other, _ in site.written.values()), "overlap")
+        _require(site.cells.free(box), "overlap")
         targets = site.blocks[box.tokens.start // size : -(-box.tokens.stop // size)]
         _require(all(map(self._pool.writable, targets)), "block is no longer promised")
         slots = self._cache.slots_of(site.blocks, box.tokens.start, box.tokens.stop)
         self._cache.scatter(box.layers, slots, body, box.heads)
         site.written[chunk.index] = box, digest
-        site.cells += box.cells
+        site.cells.fill(box)
         site.expires = now + self._lease_s
         self.counters["chunks"] += 1
         self.counters["bytes"] += len(body)
@@ -197,7 +201,7 @@ class Landings:
             return True
         _require(manifest.tokens == site.tokens, "manifest does not match")
         site.manifest = manifest
-        if site.cells < self._cells * len(site.tokens):
+        if not site.cells.full:
             return False
         _require(self._matches(site, manifest), "manifest does not match")
         self._seal(site, now)
@@ -220,6 +224,7 @@ class Landings:
         if site.state is not LandingState.SEALED:
             return None
         self._leave(site, LandingState.STARTED)
+        self.counters["started"] += 1
         return site
 
     def cancel(self, request_id: str, attempt: int) -> bool:
@@ -237,6 +242,17 @@ class Landings:
             self._release(site, "expired")
         return expired
 
+    def metrics(self) -> Iterator[tuple[str, float]]:
+        """For `Load.counters`. R1: what was stale and so not written shows here."""
+        yield metrics.KV_TRANSFER_BYTES, self.counters["bytes"]
+        yield metrics.KV_CHUNKS, self.counters["chunks"]
+        yield metrics.KV_CHUNKS_REPEATED, self.counters["duplicate_chunks"]
+        yield metrics.KV_LEASE_EXPIRED, self.counters["expired"]
+        for event in _EVENTS:
+            yield metrics.labelled(metrics.LANDINGS, event=event), self.counters[event]
+        for reason, frames in self.rejected.items():
+            yield metrics.labelled(metrics.FRAMES_REJECTED, reason=reason), frames
+
     def _find(self, address: Address, now: float) -> Site:
         site = self._by_id.get(address.landing)
         if site is None:
@@ -248,19 +264,10 @@ class Landings:
         _require(now < site.expires, "lease expired")
         return site
 
-    def _inside(self, box: Box, site: Site) -> bool:
-        tokens = site.tokens
-        return any(
-            span.start <= box.layers.start
-            and box.layers.stop <= span.stop
-            and box.heads.stop <= group.kv_heads
-            for span, group in zip(self._spans, self._cache.layout.groups, strict=True)
-        ) and (tokens.start <= box.tokens.start and box.tokens.stop <= tokens.stop)
-
     def _matches(self, site: Site, manifest: Manifest) -> bool:
         """Whether all is written, and is what the manifest says."""
         return (
-            site.cells == self._cells * len(site.tokens)
+            site.cells.full
             and manifest.chunks == len(site.written)
             and manifest.digest
             == combined((index, digest) for index, (_, digest) in site.written.items())
@@ -269,7 +276,8 @@ class Landings:
     def _rearm(self, site: Site, attempt: int, now: float) -> Landing:
         site.landing = replace(site.landing, generation=site.landing.generation + 1)
         site.attempt = attempt
-        site.written, site.cells, site.manifest = {}, 0, None
+        site.written, site.manifest = {}, None
+        site.cells = Cells(self._cache.layout, site.tokens)
         site.expires = now + self._lease_s
         self.counters["rearmed"] += 1
         return site.landing

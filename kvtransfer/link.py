@@ -39,7 +39,9 @@ from kvtransfer.frames import (
 )
 
 ANSWER_TIMEOUT_S = 5.0
-"""A peer that is alive answers between two of its steps; a step may be long, but not so long."""
+"""How long a link waits for an answer where its maker names no time. A peer that is alive answers
+between two of its steps, so the right time is the lease of a landing there: while a step lasts
+longer than that, the landing is lost anyway."""
 RESENDS = 2
 """How often a body that arrived damaged is sent again."""
 
@@ -53,6 +55,14 @@ class Link(Protocol):
 
     @property
     def lost(self) -> bool: ...
+
+    @property
+    def credit(self) -> int:
+        """Bytes of chunks that may be under way, and so the most that one may have; once open."""
+
+    @property
+    def resent(self) -> int:
+        """How many chunks were sent again because they had arrived damaged."""
 
     async def open(self) -> None:
         """Connect and shake hands; on an open link nothing. Raises HandshakeRefused."""
@@ -143,7 +153,11 @@ class _Question:
 
 
 class FramedLink:
-    """A Link over any Wire. Belongs to the event loop."""
+    """A Link over any Wire. Belongs to the event loop.
+
+    One question that is not answered within `answer_timeout` seconds loses the link, and with it
+    every handoff that uses it.
+    """
 
     def __init__(
         self,
@@ -169,6 +183,10 @@ class FramedLink:
     @property
     def lost(self) -> bool:
         return self._ended is not None
+
+    @property
+    def credit(self) -> int:
+        return self._opened().total
 
     async def open(self) -> None:
         if self._opening is None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from cluster.errors import HandshakeRefused
+from cluster import metrics
+from cluster.errors import HandshakeRefused, StartError
 from cluster.messages import Hello, KVLayout, Peer
 from cluster.wire.codec import decode_hello, encode_hello
 from kvtransfer.frames import (
@@ -32,6 +33,7 @@ from kvtransfer.frames import (
     Welcome,
     decode,
     encode,
+    row_bytes,
 )
 
 log = logging.getLogger(__name__)
@@ -71,7 +73,10 @@ class _Inbound:
 
 
 class Receiver:
-    """Belongs to the event loop. `later(function, *args)` is how another thread calls into it."""
+    """Belongs to the event loop. `later(function, *args)` is how another thread calls into it.
+
+    Raises StartError for a credit within which not even the smallest chunk could come.
+    """
 
     def __init__(
         self,
@@ -80,6 +85,11 @@ class Receiver:
         later: Callable[..., object],
         credit: int = CREDIT_BYTES,
     ) -> None:
+        least = row_bytes(hello.layout)
+        if credit < least:
+            raise StartError(
+                f"--credit-bytes {credit} is too small: one token of one layer takes {least}"
+            )
         self.hello = hello
         self.counters: Counter[str] = Counter()
         self.send: Callable[[bytes, tuple[Buffer, Buffer]], None] = lambda route, parts: None
@@ -89,6 +99,19 @@ class Receiver:
         self._links: OrderedDict[bytes, _Inbound] = OrderedDict()
         self._strikes: OrderedDict[bytes, int] = OrderedDict()
         self._replaced: OrderedDict[Peer, None] = OrderedDict()
+
+    def metrics(self) -> Iterator[tuple[str, float]]:
+        """For `Load.counters`."""
+        counters = self.counters
+        for reason, frames in (
+            ("malformed", counters["bad_frames"] - counters["damaged"]),
+            ("damaged", counters["damaged"]),
+            ("fenced", counters["fenced"]),
+            ("cut", counters["dropped"]),
+        ):
+            yield metrics.labelled(metrics.BAD_FRAMES, reason=reason), frames
+        for reason in ("refused", "evicted", "overdrawn"):
+            yield metrics.labelled(metrics.LINKS_ENDED, reason=reason), counters[reason]
 
     def take(self, route: bytes, parts: list[Buffer]) -> None:
         """One message from the network. Never raises, whatever it is."""

@@ -14,10 +14,20 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from cluster.errors import BatonError, Cancelled, DeadlineExceeded, TransferFailed
+from cluster import metrics
+from cluster.errors import BatonError, Cancelled, DeadlineExceeded, StartError, TransferFailed
 from cluster.messages import Landing, Peer
 from engine.cache import KVCache, Slots, group_spans
-from kvtransfer.frames import Address, Box, Chunk, Manifest, Renew, combined
+from kvtransfer.frames import (
+    MAX_BODY,
+    Address,
+    Box,
+    Chunk,
+    Manifest,
+    Renew,
+    combined,
+    row_bytes,
+)
 from kvtransfer.link import Link
 
 log = logging.getLogger(__name__)
@@ -67,6 +77,7 @@ class _Run:
     """A handoff in progress."""
 
     handoff: Handoff
+    counted: float  # when its receiver last answered a frame that extends the lease
     mail: asyncio.Queue[Announcement | None] = field(default_factory=asyncio.Queue)
     digests: dict[int, int] = field(default_factory=dict)  # chunk index -> body digest
     carried: Carried = field(default_factory=Carried)
@@ -87,6 +98,9 @@ class Sender:
     `connect` makes a Link, not yet open, to the worker that promised the landing. `on_released` is
     called on the event loop; an error of None means sealed. Every verb about a handoff that is not
     open, or is over, does nothing (R6).
+
+    Chunks have at most `chunk_bytes`, but no less than one token of one layer; never more than
+    fits into a frame or into the link's credit. Raises StartError if not even that one token does.
     """
 
     def __init__(
@@ -96,13 +110,22 @@ class Sender:
         on_released: Released,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
+        least = row_bytes(cache.layout)
+        if least > MAX_BODY:
+            raise StartError(
+                f"one token of one layer takes {least} bytes of KV; a frame holds {MAX_BODY}"
+            )
         self._cache = cache
         self._connect = connect
         self._on_released = on_released
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes = min(chunk_bytes, MAX_BODY)
         self._spans = group_spans(cache.layout)
         self._runs: dict[tuple[str, int], _Run] = {}
         self._links: dict[Peer, Link] = {}
+        self._sealed = 0  # handoffs
+        self._tail_s = 0.0  # of those sealed
+        self._chunks = 0
+        self._resent = 0  # by links that are no more
         self._group = asyncio.TaskGroup()
 
     async def __aenter__(self) -> Sender:
@@ -120,10 +143,21 @@ class Sender:
     def __len__(self) -> int:
         return len(self._runs)
 
+    def metrics(self) -> Iterator[tuple[str, float]]:
+        """For `Load.counters`. The bytes sent are among what `on_released` tells."""
+        yield metrics.HANDOFFS_SENT, self._sealed
+        yield metrics.KV_TRANSFER_SECONDS, self._tail_s
+        yield metrics.KV_CHUNKS, self._chunks
+        yield (
+            metrics.KV_CHUNKS_RESENT,
+            self._resent + sum(link.resent for link in self._links.values()),
+        )
+
     def open(self, handoff: Handoff) -> None:
         """Begin: connects at once, so that the handshake hides behind the computing."""
         assert handoff.key not in self._runs, f"{handoff.key} is open already"
-        run = self._runs[handoff.key] = _Run(handoff)
+        run = _Run(handoff, asyncio.get_running_loop().time())
+        self._runs[handoff.key] = run
         run.task = self._group.create_task(self._carry(run))
         # A task cancelled before its first step runs no code at all, so not even a `finally`.
         run.task.add_done_callback(lambda _: self._release(run, Cancelled("cancelled")))
@@ -165,6 +199,10 @@ class Sender:
 
     def _release(self, run: _Run, error: BatonError | None) -> None:
         if self._runs.pop(run.handoff.key, None) is run:
+            self._chunks += run.carried.chunks
+            if error is None:
+                self._sealed += 1
+                self._tail_s += run.carried.tail_s
             self._on_released(run.handoff, error, run.carried)
 
     async def _push_all(self, run: _Run) -> None:
@@ -172,26 +210,31 @@ class Sender:
         async with asyncio.timeout(None) as deadline:
             link = self._link(landing)
             await link.open()
-            async with asyncio.TaskGroup() as pushes:
+            async with asyncio.TaskGroup() as group:
+                lease = group.create_task(self._keep_lease(run, link))
                 index = 0
-                while (announcement := await self._next(run, link)) is not None:
-                    for box, slots in self._pieces(announcement, landing.cached_tokens):
-                        pushes.create_task(self._push(run, link, index, box, slots))
-                        index += 1
-                assert run.finished is not None
-                deadline.reschedule(run.finished + landing.lease_s)
+                async with asyncio.TaskGroup() as pushes:
+                    while (announcement := await run.mail.get()) is not None:
+                        for box, slots in self._pieces(announcement, landing.cached_tokens, link):
+                            pushes.create_task(self._push(run, link, index, box, slots))
+                            index += 1
+                    assert run.finished is not None
+                    deadline.reschedule(run.finished + landing.lease_s)
+                lease.cancel()
             tokens = range(landing.cached_tokens, run.handoff.tokens)
             digest = combined(run.digests.items())
             await link.seal(Manifest(run.address, index, tokens, digest))
 
-    async def _next(self, run: _Run, link: Link) -> Announcement | None:
-        """The next announcement; while there is none the landing's lease is kept alive."""
+    async def _keep_lease(self, run: _Run, link: Link) -> None:
+        """Renew the landing's lease whenever no chunk has for a third of it."""
+        loop = asyncio.get_running_loop()
         while True:
-            try:
-                async with asyncio.timeout(run.handoff.landing.lease_s / 3):
-                    return await run.mail.get()
-            except TimeoutError:
+            due = run.counted + run.handoff.landing.lease_s / 3
+            if (wait := due - loop.time()) > 0:
+                await asyncio.sleep(wait)
+            else:
                 await link.renew(Renew(run.address))
+                run.counted = loop.time()
 
     async def _push(self, run: _Run, link: Link, index: int, box: Box, slots: Slots) -> None:
         chunk = Chunk(run.address, index, box, self._cache.layout.dtype)
@@ -199,11 +242,15 @@ class Sender:
         run.digests[index] = await link.send(
             chunk, size, lambda: self._cache.gather(box.layers, slots)
         )
+        run.counted = asyncio.get_running_loop().time()
         run.carried.chunks += 1
         run.carried.bytes += size
 
-    def _pieces(self, announcement: Announcement, cached: int) -> Iterator[tuple[Box, Slots]]:
+    def _pieces(
+        self, announcement: Announcement, cached: int, link: Link
+    ) -> Iterator[tuple[Box, Slots]]:
         """The announced box without what the landing has, cut to chunks within one layer group."""
+        limit = min(self._chunk_bytes, link.credit)
         start, stop = max(announcement.tokens.start, cached), announcement.tokens.stop
         for span, group in zip(self._spans, self._cache.layout.groups, strict=True):
             first = max(span.start, announcement.layers.start)
@@ -211,8 +258,8 @@ class Sender:
             if first >= last or start >= stop:
                 continue
             row = self._cache.token_bytes(range(first, first + 1))
-            tokens = max(1, min(stop - start, self._chunk_bytes // row))
-            layers = max(1, self._chunk_bytes // (row * tokens))
+            tokens = max(1, min(stop - start, limit // row))
+            layers = max(1, limit // (row * tokens))
             for layer in range(first, last, layers):
                 for token in range(start, stop, tokens):
                     box = Box(
@@ -228,6 +275,7 @@ class Sender:
         for peer, link in list(self._links.items()):
             if link.lost or (peer.name == landing.peer.name and peer != landing.peer):
                 link.close()
+                self._resent += link.resent
                 del self._links[peer]
         if landing.peer not in self._links:
             self._links[landing.peer] = self._connect(landing)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from cluster import metrics
 from cluster.errors import StartError, WorkerLost
 from cluster.messages import Hello, Peer
 from kvtransfer.frames import MAX_BODY, Buffer
@@ -173,6 +174,11 @@ class ZmqHost:
     def close(self) -> None:
         if self._port is not None:
             self._port.close()
+
+    def metrics(self) -> Iterator[tuple[str, float]]:
+        """For `Load.counters`: the receiver's, and what only the socket knows."""
+        yield from self._receiver.metrics()
+        yield metrics.ANSWERS_UNDELIVERED, self.counters["undelivered"]
 
     def _take(self, parts: list[Buffer]) -> None:
         self._receiver.take(bytes(parts[0]), parts[1:])

@@ -18,7 +18,7 @@ import torch
 from cluster import metrics
 from cluster.clock import Clock
 from cluster.errors import BatonError
-from cluster.messages import Cancel, Event, Failed, Landing, Load, Prefill, Token
+from cluster.messages import Cancel, Event, Failed, Landing, Load, Prefill
 from cluster.orders import Drain, Ordered, SessionClosed, Tick
 from engine.allocator import Allocator
 from engine.batch import Batch, Plan
@@ -158,7 +158,7 @@ class PrefillStage:
 
         return batch, attend_and_announce
 
-    def accept(self, plan: Plan, sampled: list[Sampled]) -> None:
+    def accept(self, plan: Plan, sampled: list[Sampled | None]) -> None:
         tokens = iter(sampled)
         for chunk in plan.chunks:
             sequence = chunk.sequence
@@ -168,45 +168,31 @@ class PrefillStage:
             if ends:
                 self._finish(sequence, next(tokens))
 
-    def _finish(self, sequence: Sequence, sampled: Sampled) -> None:
+    def _finish(self, sequence: Sequence, sampled: Sampled | None) -> None:
         """The prompt is read: tell the first token. The sender may still need the blocks."""
-        index = sequence.next_index
-        sequence.tokens.append(sampled.token)
-        finish, stop_token = sequence.finish_after(sampled.token)
+        if sampled is None:
+            self._fail(sequence)
+            return
         assert sequence.scheduled is not None
         sequence.spans["prefill"] = self._clock() - sequence.scheduled
-        request_id, attempt = sequence.key
-        self._mail.append(
-            (
-                sequence.session,
-                Token(
-                    request_id=request_id,
-                    attempt=attempt,
-                    index=index,
-                    token=sampled.token,
-                    finish=finish,
-                    stop_token=stop_token,
-                    logprobs=sampled.logprobs,
-                    spans=tuple(sequence.spans.items()),
-                    cached_tokens=sequence.cached_tokens,
-                ),
-            )
-        )
+        first = sequence.take(sampled.token, sampled.logprobs)
+        self._mail.append((sequence.session, first))
         self._queue.remove(sequence)
-        if sequence.key in self._landings:
-            if finish:
-                sequence.unwanted = True
-                self._pushes.cancel(request_id, attempt)
-            else:
-                self._pushes.finish(request_id, attempt)
-        else:
+        if sequence.key not in self._landings:
             self._forget(sequence)
+        elif first.finish:
+            sequence.unwanted = True
+            self._pushes.cancel(*sequence.key)
+        else:
+            self._pushes.finish(*sequence.key)
 
     def fail(self, plan: Plan, error: Exception) -> None:
         for chunk in plan.chunks:
-            sequence = chunk.sequence
-            self._tell_failed(sequence.session, *sequence.key, "engine_error")
-            self._give_up(sequence)
+            self._fail(chunk.sequence)
+
+    def _fail(self, sequence: Sequence) -> None:
+        self._tell_failed(sequence.session, *sequence.key, "engine_error")
+        self._give_up(sequence)
 
     def mail(self) -> list[Any]:
         mail, self._mail = self._mail, []

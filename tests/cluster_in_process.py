@@ -8,7 +8,7 @@ ZeroMQ, one task a worker in place of its step thread, and the model of `hash_mo
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from functools import partial
@@ -57,17 +57,20 @@ class Line:
         self._deliver = deliver
         self._last = 0.0
         self._cut = False
+        self._under_way: deque[Any] = deque()  # two timers of one instant may fire in any order
 
     def send(self, item: Any) -> None:
         if self._cut or self._cluster.loses(item):
             return
         self._last = max(self._last, clock() + self._cluster.delay())
-        asyncio.get_running_loop().call_at(self._last, self._arrive, item)
+        self._under_way.append(item)
+        asyncio.get_running_loop().call_at(self._last, self._arrive)
 
     def cut(self) -> None:
         self._cut = True
 
-    def _arrive(self, item: Any) -> None:
+    def _arrive(self) -> None:
+        item = self._under_way.popleft()
         if not self._cut:
             self._deliver(item)
 

@@ -321,8 +321,47 @@ async def test_what_never_fits_is_refused_at_once() -> None:
     async with Cluster() as cluster:
         await cluster.pair(blocks=8)
         with pytest.raises(BadRequest):
-            await cluster.ask(ask_for("a", 20, max_tokens=13))
-        await cluster.check(ask_for("b", 20, max_tokens=12))
+            await cluster.ask(ask_for("a", 20, max_tokens=14))
+        await cluster.check(ask_for("b", 20, max_tokens=13))
+
+
+@on_virtual_time
+async def test_what_fits_one_worker_goes_there_however_busy_it_is() -> None:
+    async with Cluster() as cluster:
+        cluster.add(PREFILL, "p")
+        cluster.add(DECODE, "large", blocks=64)
+        cluster.add(DECODE, "small", blocks=8)
+        await cluster.joined(3)
+        assert cluster.pools.capacity() == 64 * 4
+        busy = [asyncio.create_task(cluster.check(ask_for(f"{n}", 40, 20))) for n in range(3)]
+        watch = Watch(arrived=clock())
+        await cluster.ask(ask_for("a", 70), watch)
+        assert watch.decode_worker == "large"
+        await asyncio.gather(*busy)
+
+
+@on_virtual_time
+async def test_a_prefix_in_use_costs_the_next_one_no_room() -> None:
+    async with Cluster() as cluster:
+        await cluster.pair(blocks=24)
+        first = ask_for("a", 64, max_tokens=12)
+        held = asyncio.create_task(cluster.check(first))
+        await asyncio.sleep(0.1)
+        again = Request("b", first.tokens, replace(first.sampling, max_tokens=2))
+        await cluster.check(again)
+        assert not held.done()
+        await held
+
+
+@on_virtual_time
+async def test_a_client_that_reads_slowly_holds_up_only_itself() -> None:
+    async with Cluster() as cluster:
+        _, decode = await cluster.pair(lease=3.0)
+        answer = cluster.sequencer.answer(ask_for("a", 20, max_tokens=5), Watch())
+        await anext(answer)
+        await asyncio.sleep(10.0)
+        assert decode.stage.load(0).running == 0  # done long ago
+        assert [token.index async for token in answer] == [1, 2, 3, 4]
 
 
 @on_virtual_time

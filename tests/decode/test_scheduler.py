@@ -59,7 +59,7 @@ def test_those_still_prefilling_give_way_first() -> None:
 
 
 def test_alone_and_out_of_blocks() -> None:
-    assert shape(plan([running("a", 5)], [], 0)) == ([], ["a"])
+    assert shape(plan([running("a", 5)], [], 0)) == ([], [])  # it keeps what it has and waits
 
 
 @given(st.lists(st.integers(2, 20), max_size=6), st.integers(0, 5))
@@ -69,4 +69,4 @@ def test_what_is_planned_fits(lengths: list[int], available: int) -> None:
     needed = sum(c.sequence.blocks_for(c.sequence.computed + 1, SIZE) for c in result.chunks)
     assert needed <= available + sum(len(s.blocks) for s in result.evicted)
     assert [c.sequence for c in result.chunks] == run[: len(result.chunks)]
-    assert len(result.chunks) + len(result.evicted) == len(run)
+    assert len(result.chunks) + len(result.evicted) in (len(run), 0)

@@ -177,7 +177,7 @@ def test_a_prompt_found_whole_is_sealed_by_its_manifest_alone() -> None:
 
 def test_what_does_not_fit_is_said() -> None:
     room = Room(blocks=4, max_sequences=2)
-    big = ask_for("big", 10, max_tokens=7)
+    big = ask_for("big", 10, max_tokens=8)
     first = ask_for("first", 5, max_tokens=2)
     room.tell(Promise(big))
     assert room.mail() == [Failed("big", 1, "too_large")]

@@ -205,3 +205,16 @@ def test_roots_differ_by_model_and_tenant() -> None:
         ]
     }
     assert len(roots) == 5
+
+
+def test_peek_says_what_match_would_do_and_does_nothing() -> None:
+    pool = BlockPool(6, 4)
+    keys = block_keys(range(12), 4, b"r")
+    held = pool.take(2)
+    for block, key in zip(held, keys, strict=False):
+        pool.publish(block, key)
+    pool.release(held[1:])
+    before = pool.counts()
+    assert pool.peek(keys) == (2, 1)
+    assert pool.peek([]) == pool.peek(keys[2:]) == (0, 0)
+    assert pool.counts() == before

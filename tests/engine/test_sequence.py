@@ -62,8 +62,16 @@ def test_endings(
     sampling: dict[str, object], answer: list[int], ending: tuple[str, int | None]
 ) -> None:
     sequence = made(**sampling)
-    sequence.tokens += answer
-    assert sequence.finish_after(answer[-1]) == ending
+    told = [sequence.take(token, ()) for token in answer]
+    assert (told[-1].finish, told[-1].stop_token) == ending
+    assert [(token.index, token.token) for token in told] == list(enumerate(answer))
+
+
+def test_spans_go_out_once() -> None:
+    sequence = made(max_tokens=9)
+    sequence.spans["prefill"] = 1.0
+    assert sequence.take(5, ((5, -0.1),)).spans == (("prefill", 1.0),)
+    assert sequence.take(6, ()).spans == ()
 
 
 def test_only_the_first_step_ends_its_wait() -> None:

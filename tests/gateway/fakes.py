@@ -128,6 +128,9 @@ class FakePools:
     def ready(self) -> bool:
         return self._ready
 
+    def capacity(self) -> int | None:
+        return None
+
     def status(self) -> dict[str, Any]:
         return {"ready": self._ready, "workers": []}
 

@@ -126,12 +126,25 @@ async def test_events_of_another_attempt_or_out_of_order_are_nothing() -> None:
             Token("r", 1, 0, 100),
             Token("r", 1, 1, 101),
             Token("r", 1, 1, 101),
-            Token("r", 1, 3, 666),
             Token("r", 1, 2, 102, "length"),
         ]
 
     cluster.pair(decode=confused)
     assert await ask(cluster) == [100, 101, 102]
+
+
+@on_virtual_time
+async def test_a_gap_in_the_tokens_is_an_error_and_not_a_wait() -> None:
+    cluster = Scripted()
+
+    def forgetful(order: Order) -> list[Event]:
+        if not isinstance(order, Start):
+            return list(obliging(order))
+        return [Token("r", 1, 1, 101), Token("r", 1, 3, 103)]
+
+    cluster.pair(decode=forgetful)
+    with pytest.raises(EngineFailed):
+        await ask(cluster)
 
 
 @pytest.mark.parametrize("silent", [Promise, Prefill, Start])
