@@ -35,9 +35,10 @@ MISSED_BEATS = 6
 """A worker that has said nothing for six beats of ours (1.5 s) is lost. Counting our own beats
 keeps a gateway that was itself stopped from losing everyone when it wakes."""
 
-STILL_BEATS = 20
-"""A worker whose step loop has not moved for twenty beats (5 s) hangs, whatever its transport says:
-it counts every layer of a step, and every tick of its timer while it is idle."""
+STILL_BEATS = 40
+"""A worker whose step loop has not moved for forty beats (10 s) hangs, whatever its transport says:
+it counts every layer of a step, and every tick of its timer while it is idle. Not sooner, because
+one layer of a large model over a whole chunk takes seconds on one CPU core."""
 
 HELLO_S = 5.0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from fastapi import Depends, FastAPI
@@ -28,6 +29,10 @@ from gateway.response import AnswerResponse
 
 Handler = Callable[..., Awaitable[Response]]
 Validator = Callable[[Any, Limits, Mapping[str, float]], Ask]
+
+PASSED_BYTES = 32 << 20
+PASSED_PAUSE_S = 0.2
+"""How much of a body that is too large is read past, and how long a pause ends that."""
 
 MAX_BODY_PIECES = 16384
 """Far more pieces than any honest client needs for 4 MiB; each costs us a turn of the loop."""
@@ -176,6 +181,7 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
         raise UnsupportedMedia("A compressed body is not accepted.")
     too_large = TooLarge(f"The body is larger than {limit} bytes.")
     if int(request.headers.get("content-length", "0")) > limit:
+        await _let_it_pass(request)
         raise too_large
     body, pieces = bytearray(), 0
     try:
@@ -184,12 +190,26 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
                 body += piece
                 pieces += 1
                 if len(body) > limit or pieces > MAX_BODY_PIECES:
+                    await _let_it_pass(request)
                     raise too_large
     except TimeoutError:
         raise RequestTimeout(f"The body was not complete after {timeout_s:g} s.") from None
     except ClientDisconnect:
         raise Cancelled("The client went away.") from None
     return bytes(body)
+
+
+async def _let_it_pass(request: Request) -> None:
+    """Read on and throw away for a moment: a client that is still writing when the connection is
+    closed gets a reset instead of the answer that says why."""
+    passed = 0
+    with suppress(TimeoutError, ClientDisconnect):
+        while passed < PASSED_BYTES:
+            async with asyncio.timeout(PASSED_PAUSE_S):
+                message = await request.receive()
+            passed += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
 
 
 def _documented(body: type[BaseModel]) -> dict[str, Any]:

@@ -506,7 +506,7 @@ async def test_a_hung_step_loop_is_noticed_although_its_beats_go_on() -> None:
         began = clock()
         with pytest.raises(WorkerLost):
             await answer
-        assert 5.0 < clock() - began < 6.0
+        assert 10.0 < clock() - began < 11.0
         await asyncio.sleep(2.0)  # it has joined again and still does not move
         with pytest.raises(NoWorkers):
             await cluster.ask(ask_for("b", 20))
