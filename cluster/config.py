@@ -80,6 +80,9 @@ class Common:
         30.0, "seconds that running requests get to finish on SIGTERM", maximum=LONGEST_S
     )
     die_with: int = option(0, "end at once when the process with this id dies", hidden=True)
+    start_word: int = option(
+        0, "pipe with one byte for the process that says why nothing starts", hidden=True
+    )
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,7 @@ def _check_value(flag: str, value: Any, kind: Any, metadata: Mapping[str, Any]) 
         raise StartError(f"{flag}: {shown} is not {allowed}")
 
 
-_TYPES = {int: int, float: (int, float), bool: bool, str: str}
+_TYPES: dict[Any, Any] = {int: int, float: (int, float), bool: bool, str: str}
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -267,7 +270,7 @@ def _on_loopback(host: str) -> bool:
 
 
 def flags(config: Common, kind: type[Common]) -> list[str]:
-    """The command line that makes a `kind` from the fields it shares with `config`, less secrets."""
+    """The command line that makes a `kind` from the fields that it shares with `config`."""
     arguments: list[str] = []
     for entry in fields(kind):
         value = getattr(config, entry.name, entry.default)
@@ -339,14 +342,11 @@ def _read_keys(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise StartError(f"--api-key-file {path}: {getattr(error, 'strerror', error)}") from None
     keys = [line.strip() for line in lines if line.strip()]
-    if not keys:
-        raise StartError(f"--api-key-file {path}: holds no key; one a line is expected")
-    for number, line in enumerate(lines, start=1):
-        if line.strip() and not _KEY.fullmatch(line.strip()):
-            raise StartError(
-                f"--api-key-file {path}: line {number} is not a key: visible ASCII characters "
-                "without spaces"
-            )
+    if not keys or not all(map(_KEY.fullmatch, keys)):
+        raise StartError(
+            f"--api-key-file {path}: must hold keys, one a line, of visible ASCII characters "
+            "without spaces"
+        )
     return keys
 
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, NoReturn
 
 import uvloop
 
@@ -57,10 +57,11 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)  # it died before we could ask
 
 
-def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> int:
+def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int]], start_word: int = 0) -> int:
     """Run `main(stopping)` on uvloop; SIGTERM and SIGINT set `stopping`, a second one ends at once.
 
-    A StartError becomes one line on stderr and exit status 78.
+    A StartError becomes one line on stderr and exit status 78. Of processes that share the pipe
+    `start_word`, what hinders one hinders all: only the one that gets the pipe's byte prints.
     """
 
     async def with_signals() -> int:
@@ -78,8 +79,17 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> int:
     try:
         return uvloop.run(with_signals())
     except StartError as error:
-        tell_start_error(error)
+        if not start_word or os.read(start_word, 1):
+            tell_start_error(error)
         return EXIT_START
+
+
+def leave(status: int) -> NoReturn:
+    """End the process whatever its threads are at. One that is inside torch while the interpreter
+    shuts down would abort it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def tell_start_error(error: BaseException) -> None:

@@ -7,7 +7,7 @@ Source  gRPC core's keepalive guide; `grpc.http2.ping_timeout_ms` because a stop
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -43,18 +43,10 @@ def stream_handler(
 ) -> grpc.GenericRpcHandler:
     """Serve one bidirectional method. `path` is "/package.Service/Method"."""
     _, service, method = path.split("/")
-    return _handler(
-        service,
-        {
-            method: grpc.stream_stream_rpc_method_handler(
-                behaviour, request_deserializer=decode, response_serializer=encode
-            )
-        },
+    handler = grpc.stream_stream_rpc_method_handler(
+        behaviour, request_deserializer=decode, response_serializer=encode
     )
-
-
-def _handler(service: str, methods: Mapping[str, Any]) -> grpc.GenericRpcHandler:
-    return grpc.method_handlers_generic_handler(service, dict(methods))
+    return grpc.method_handlers_generic_handler(service, {method: handler})
 
 
 def open_channel(address: str) -> grpc.aio.Channel:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -38,16 +38,22 @@ of being lost with it, and whoever got the last handoffs from here has seen them
 class WorkerService:
     """Owned by the event loop. `post` hands an order to the step thread.
 
-    `pulse` counts on within a step, where no new Load comes from.
+    `pulse` counts on within a step, where no new Load comes from; `counters` are what the event
+    loop's side of the data plane has counted, beside the step thread's own.
     """
 
     def __init__(
-        self, hello: Hello, post: Callable[[Any], None], pulse: Callable[[], int] = lambda: 0
+        self,
+        hello: Hello,
+        post: Callable[[Any], None],
+        pulse: Callable[[], int] = lambda: 0,
+        counters: Callable[[], Iterable[tuple[str, float]]] = tuple,
     ) -> None:
         self.hello = hello
         self.load = Load(progress=0, free_blocks=hello.blocks)
         self._post = post
         self._pulse = pulse
+        self._counters = counters
         self._numbers = count(1)
         self._reports: dict[int, asyncio.Queue[Report]] = {}
         self._draining = False
@@ -75,6 +81,8 @@ class WorkerService:
         try:
             async for order in orders:
                 self._post(Ordered(session, order))
+        except Exception:  # the top of a task that nobody awaits
+            log.exception("session broke", extra={"session": session})
         finally:
             reports.put_nowait(Report())
 
@@ -104,13 +112,18 @@ class WorkerService:
         """What a registry is told, for as long as it listens."""
         yield self.hello
         while True:
-            yield replace(self.load, progress=self.load.progress + self._pulse())
+            load = self.load
+            yield replace(
+                load,
+                progress=load.progress + self._pulse(),
+                counters=(*load.counters, *self._counters()),
+            )
             await asyncio.sleep(HEARTBEAT_S)
 
-    async def join(self, address: str, joined: Callable[[], None]) -> None:
+    async def join(self, address: str) -> None:
         """Stay a member of the gateway at `address`, through its restarts.
 
-        Calls `joined` at each welcome. Raises HandshakeRefused when we do not fit there.
+        Raises HandshakeRefused when we do not fit there.
         """
         while True:
             async with rpc.open_channel(address) as channel:
@@ -122,7 +135,6 @@ class WorkerService:
                 try:
                     async for gateway in call(self.membership()):
                         log.info("joined", extra={"gateway": gateway, "address": address})
-                        joined()
                 except grpc.aio.AioRpcError as error:
                     if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                         raise HandshakeRefused(error.details() or "refused") from None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 import zmq
 
 from cluster.clock import monotonic
 from cluster.config import WorkerConfig
-from cluster.messages import BOTH
+from cluster.errors import BatonError
+from cluster.messages import BOTH, Request
 from decode.stage import DecodeStage
 from engine import worker
 from engine.worker import Parts
@@ -20,6 +23,15 @@ from kvtransfer.zeromq import ZmqHost
 async def serve(config: WorkerConfig, stopping: asyncio.Event) -> int:
     """A decode or undivided worker until told to stop. Raises StartError."""
     return await worker.serve(config, stopping, DecodeRoom)
+
+
+class NoLandings(Landings):
+    """An undivided worker's: it has no address that KV could be sent to, so it promises nothing."""
+
+    def promise(
+        self, request: Request, attempt: int, now: float, keys: Sequence[bytes] = ()
+    ) -> NoReturn:
+        raise BatonError("An undivided worker takes no KV.", code="wrong_role")
 
 
 class DecodeRoom:
@@ -35,6 +47,7 @@ class DecodeRoom:
             config.credit_bytes,
         )
         self._host = ZmqHost(self._context, receiver)
+        landings = NoLandings if config.role == BOTH else Landings
         if config.role != BOTH:
             self._host.start(f"tcp://{config.host}:{config.data_port or '*'}")
         self.stage = DecodeStage(
@@ -42,10 +55,11 @@ class DecodeRoom:
             parts.pool,
             parts.allocator,
             parts.windows,
-            Landings(parts.pool, parts.cache, parts.hello.peer, self._host.address, config.lease),
+            landings(parts.pool, parts.cache, parts.hello.peer, self._host.address, config.lease),
             budget=config.max_num_batched_tokens,
             max_sequences=config.max_num_seqs,
             clock=monotonic,
+            promises=config.role != BOTH,
         )
 
     def open(self) -> str:
@@ -53,6 +67,9 @@ class DecodeRoom:
 
     async def serve(self) -> None:
         await asyncio.Event().wait()
+
+    def metrics(self) -> Iterable[tuple[str, float]]:
+        return self._host.metrics()
 
     def close(self) -> None:
         self._host.close()

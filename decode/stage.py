@@ -83,7 +83,7 @@ class DecodeStage:
         self._started: dict[str, _Started] = {}
         self._mail: list[tuple[int, Event]] = []
         self._draining = False
-        self._preemptions = 0
+        self._preemptions = self._steps = self._step_tokens = 0
 
     def apply(self, order: Any) -> None:
         match order:
@@ -223,6 +223,8 @@ class DecodeStage:
         return batch, DecodeAttention(self._cache, batch, self._windows)
 
     def accept(self, plan: Plan, sampled: list[Sampled | None]) -> None:
+        self._steps += 1
+        self._step_tokens += plan.tokens
         tokens = iter(sampled)
         for chunk in plan.chunks:
             sequence = chunk.sequence
@@ -267,7 +269,6 @@ class DecodeStage:
 
     def load(self, progress: int) -> Load:
         counts = self._pool.counts()
-        landings = self._landings.counters
         return Load(
             progress=progress,
             running=len(self._running) + len(self._queue.prefilling),
@@ -278,9 +279,10 @@ class DecodeStage:
             promised_blocks=counts.promised,
             owned_blocks=counts.owned,
             counters=(
+                (metrics.STEPS, self._steps),
+                (metrics.STEP_TOKENS, self._step_tokens),
                 (metrics.PREEMPTIONS, self._preemptions),
-                (metrics.KV_TRANSFER_BYTES, landings["bytes"]),
-                (metrics.KV_LEASE_EXPIRED, landings["expired"]),
+                *self._landings.metrics(),
             ),
         )
 

@@ -7,6 +7,7 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -16,7 +17,11 @@ from deploy.client import Parser, session, unreachable
 
 
 def main(argv: Sequence[str]) -> int:
-    """One question given as words, or a conversation until end of input. Raises StartError."""
+    """One question given as words, or a conversation until end of input.
+
+    Raises StartError. Ctrl-C ends a running answer of a conversation, and raises KeyboardInterrupt
+    elsewhere.
+    """
     parser = Parser("baton chat", "Talk to a running cluster.")
     parser.add_argument("question", nargs="*", help="ask only this and leave")
     parser.add_argument("--system", default="", help="system prompt")
@@ -25,72 +30,104 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--timeline", action="store_true", help="show where the time went")
     options = parser.parse_args(list(argv))
     try:
-        return asyncio.run(_converse(options))
-    except (aiohttp.ClientConnectorError, TimeoutError):
+        conversation = Conversation(options, asyncio.run(_model(options)))
+    except (aiohttp.ClientError, TimeoutError):
         raise unreachable(options) from None
+    if options.question:
+        return asyncio.run(conversation.ask(" ".join(options.question)))
+    return _talk(conversation)
 
 
-async def _converse(options: Namespace) -> int:
-    messages = [{"role": "system", "content": options.system}] if options.system else []
-    async with session(options) as client:
-        model = await _model(client)
-        if options.question:
-            return await _ask(client, options, model, messages, " ".join(options.question))
-        while True:
-            try:
-                question = await asyncio.to_thread(input, "> ")
-            except EOFError:
-                print()
-                return 0
-            if question.strip():
-                await _ask(client, options, model, messages, question)
+def _talk(conversation: Conversation) -> int:
+    """Until end of input. The prompt has no event loop around it, so that Ctrl-C is heard there."""
+    while True:
+        try:
+            question = input("> ")
+        except EOFError:
+            print()
+            return 0
+        except KeyboardInterrupt:
+            print()
+            raise
+        if question.strip():
+            with suppress(KeyboardInterrupt):
+                asyncio.run(conversation.ask(question))
 
 
-async def _model(client: aiohttp.ClientSession) -> str:
-    async with client.get("v1/models") as response:
+async def _model(options: Namespace) -> str:
+    async with session(options) as client, client.get("v1/models") as response:
         body = await response.json()
         if response.status != 200:
             raise StartError(body["error"]["message"])
         return str(body["data"][0]["id"])
 
 
-async def _ask(
-    client: aiohttp.ClientSession,
-    options: Namespace,
-    model: str,
-    messages: list[dict[str, str]],
-    question: str,
-) -> int:
-    """Stream one answer and add both turns to `messages`. Returns the exit status."""
-    messages.append({"role": "user", "content": question})
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": messages,
-        "stream": True,
-        "temperature": options.temperature,
-        "stream_options": {"include_usage": True},
-    }
-    if options.max_tokens:
-        body["max_tokens"] = options.max_tokens
-    if options.timeline:
-        body["return_timeline"] = True
-    answer = ""
-    async with client.post("v1/chat/completions", json=body) as response:
-        if response.status != 200:
-            return _failed((await response.json(content_type=None))["error"])
-        async for event in _events(response):
-            if "error" in event:
+class Conversation:
+    """What was said so far: only questions that got a whole answer, with their answers."""
+
+    def __init__(self, options: Namespace, model: str) -> None:
+        self.messages: list[dict[str, str]] = []
+        if options.system:
+            self.messages.append({"role": "system", "content": options.system})
+        self._options = options
+        self._model = model
+
+    async def ask(self, question: str) -> int:
+        """Stream one answer. Returns the exit status."""
+        asked = {"role": "user", "content": question}
+        try:
+            answer = await self._stream([*self.messages, asked])
+        except _Failed as error:
+            return _say(str(error))
+        except (aiohttp.ClientError, TimeoutError):
+            return _say(f"the connection to {self._options.url} was lost")
+        self.messages += [asked, {"role": "assistant", "content": answer}]
+        return 0
+
+    async def _stream(self, messages: list[dict[str, str]]) -> str:
+        """Print the answer while it comes. Raises _Failed and aiohttp's errors."""
+        answer = ""
+        async with (
+            session(self._options) as client,
+            client.post("v1/chat/completions", json=self._body(messages)) as response,
+        ):
+            if response.status != 200:
+                raise _Failed((await response.json(content_type=None))["error"])
+            try:
+                async for event in _events(response):
+                    if "error" in event:
+                        raise _Failed(event["error"])
+                    for choice in event["choices"]:
+                        text = choice["delta"].get("content") or ""
+                        answer += text
+                        print(text, end="", flush=True)
+                    if "metrics" in event:
+                        print("\n" + json.dumps(event["metrics"]), end="")
+            finally:
                 print()
-                return _failed(event["error"])
-            for choice in event["choices"]:
-                text = choice["delta"].get("content") or ""
-                answer += text
-                print(text, end="", flush=True)
-            if "metrics" in event:
-                print("\n" + json.dumps(event["metrics"]), end="")
-    print()
-    messages.append({"role": "assistant", "content": answer})
-    return 0
+        return answer
+
+    def _body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        options = self._options
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": messages,
+            "stream": True,
+            "temperature": options.temperature,
+            "stream_options": {"include_usage": True},
+        }
+        if options.max_tokens:
+            body["max_tokens"] = options.max_tokens
+        if options.timeline:
+            body["return_timeline"] = True
+        return body
+
+
+class _Failed(Exception):
+    """The server's error object, as one line."""
+
+    def __init__(self, error: dict[str, Any]) -> None:
+        super().__init__(f"{error['message']} ({error['code']})")
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
@@ -99,6 +136,6 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, A
             yield json.loads(line[6:])
 
 
-def _failed(error: dict[str, Any]) -> int:
-    print(f"baton chat: {error['message']} ({error['code']})", file=sys.stderr)
+def _say(error: str) -> int:
+    print(f"baton chat: {error}", file=sys.stderr)
     return 1

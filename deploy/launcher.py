@@ -18,7 +18,14 @@ from typing import Any
 import aiohttp
 
 from cluster import process
-from cluster.config import GatewayConfig, ServeConfig, WorkerConfig, flags, load
+from cluster.config import (
+    GatewayConfig,
+    ServeConfig,
+    WorkerConfig,
+    child_environment,
+    flags,
+    load,
+)
 from cluster.errors import StartError
 from cluster.messages import BOTH, DECODE, PREFILL
 
@@ -33,6 +40,7 @@ EARLY_DEATH_S = 10.0
 class Child:
     name: str
     arguments: list[str]
+    api_key: tuple[str, ...] = ()  # handed over where other users cannot read them
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def children(config: ServeConfig) -> list[Child]:
-    """The command lines of everything to start, the gateway first."""
+    """Everything to start, the gateway first."""
     gateway = ["gateway", *flags(config, GatewayConfig)]
     shared = WorkerConfig(
         **{
@@ -55,7 +63,7 @@ def children(config: ServeConfig) -> list[Child]:
             if name in ServeConfig.__dataclass_fields__ and name not in ("host", "port")
         }
     )
-    plan = [Child("gateway", gateway)]
+    plan = [Child("gateway", gateway, config.api_key)]
     for role, number in ((PREFILL, config.prefill), (DECODE, config.decode), (BOTH, config.both)):
         for index in range(number):
             worker = replace(
@@ -79,34 +87,45 @@ class Launcher:
         self._url = f"http://{config.host}:{config.port}"
 
     async def serve(self, stopping: asyncio.Event) -> int:
-        """Raises StartError if anything ends before all is ready."""
+        """The exit status. Raises StartError if anything ends before all is ready.
+
+        If a child could not start, one has said why, and nothing more is said.
+        """
         plan = children(self._config)
+        word = _start_word()
         stop = asyncio.create_task(stopping.wait())
-        keepers: list[asyncio.Task[int]] = []
+        tasks: list[asyncio.Task[Any]] = [stop]
         try:
             for child in plan:
-                await self._start(child)
+                await self._start(child, word)
             up = asyncio.create_task(self._until_ready(len(plan) - 1))
             ends = [asyncio.create_task(self._end_of(child)) for child in plan]
-            await asyncio.wait((up, stop, *ends), return_when=asyncio.FIRST_COMPLETED)
+            tasks += [up, *ends]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if stop.done():
                 return 0
             if not up.done():
                 child, status = next(end.result() for end in ends if end.done())
+                if status == process.EXIT_START:
+                    return status
                 raise StartError(f"{child.name} ended with status {status} before it was ready")
             self._announce(await up)
             keepers = [
                 asyncio.create_task(self._keep(child, end))
                 for child, end in zip(plan, ends, strict=True)
             ]
+            tasks += keepers
             done, _ = await asyncio.wait((stop, *keepers), return_when=asyncio.FIRST_COMPLETED)
+            for keeper in done - {stop}:
+                keeper.result()
             return 0 if stop in done else 1
         finally:
-            for task in keepers:
+            for task in tasks:
                 task.cancel()
             await self._stop_all()
+            os.close(word)
 
-    async def _start(self, child: Child) -> None:
+    async def _start(self, child: Child, word: int = 0) -> None:
         self._running[child.name] = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -114,6 +133,9 @@ class Launcher:
             *child.arguments,
             "--die-with",
             str(os.getpid()),
+            f"--start-word={word}",
+            env=child_environment(child.api_key),
+            pass_fds=(word,) if word else (),
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # the terminal's Ctrl-C is for us: we end the children in order
         )
@@ -183,3 +205,11 @@ class Launcher:
                 if child.returncode is None:
                     child.kill()
                     await child.wait()
+
+
+def _start_word() -> int:
+    """A pipe with one byte: the right to say why nothing starts."""
+    word, told = os.pipe()
+    os.write(told, b".")
+    os.close(told)
+    return word

@@ -6,16 +6,17 @@ load the model -> pages and pool -> the room's stage and links -> gRPC -> step t
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -37,6 +38,8 @@ from engine.runner import Runner
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ class Room(Protocol):
     async def serve(self) -> None:
         """Carry KV until cancelled."""
 
+    def metrics(self) -> Iterable[tuple[str, float]]:
+        """What the data plane has counted on the event loop, by metric name."""
+
     def close(self) -> None:
         """Let go of the data plane. Idempotent."""
 
@@ -71,10 +77,13 @@ class Room(Protocol):
 async def serve(
     config: WorkerConfig, stopping: asyncio.Event, furnish: Callable[[Parts], Room]
 ) -> int:
-    """One worker until told to stop. Raises StartError."""
-    if config.pin:
-        os.sched_setaffinity(0, config.pin)
-    torch.set_num_threads(max(1, config.threads))
+    """One worker until told to stop. Raises StartError.
+
+    Leaves a thread behind when it is told so while the weights load: end the process with
+    `process.leave`.
+    """
+    _pin(config.pin)
+    torch.set_num_threads(config.threads)
     started = time.monotonic()
     directory = model_directory(config)
     server = rpc.new_server()
@@ -83,13 +92,15 @@ async def serve(
     except RuntimeError:
         address = f"{config.host}:{config.port}"
         raise StartError(f"cannot listen on {address}: choose another --port") from None
-    model = await asyncio.to_thread(_load, config, directory)
+    model = await _unless(stopping, _in_thread("load", lambda: _load(config, directory)))
+    if model is None:
+        return 0
     parts = _parts(config, directory, model)
     room = furnish(parts)
     control_address = f"{config.host}:{port}"
     hello = replace(parts.hello, control_address=control_address, data_address=room.open())
     runner = Runner(model.model)
-    service = WorkerService(hello, parts.inbox.put, lambda: runner.layers)
+    service = WorkerService(hello, parts.inbox.put, lambda: runner.layers, room.metrics)
     server.add_generic_rpc_handlers(
         (
             rpc.stream_handler(
@@ -119,53 +130,95 @@ async def _live(
 ) -> None:
     """Serve, then drain. Raises whatever ends a part of the worker."""
     event_loop = asyncio.get_running_loop()
-    broken: asyncio.Future[None] = event_loop.create_future()
 
     def tell(mail: list[tuple[int, Event]], load: Load) -> None:
         event_loop.call_soon_threadsafe(service.tell, mail, load)
 
-    def steps() -> None:
-        try:
-            loop.run(room.stage, runner, inbox, tell)
-        except BaseException as error:
-            log.critical("step loop broke", exc_info=error)
-            event_loop.call_soon_threadsafe(broken.set_exception, error)
-
-    thread = threading.Thread(target=steps, name="steps", daemon=True)
-    thread.start()
-    tasks = [
-        asyncio.create_task(service.tick(TICK_S)),
-        asyncio.create_task(room.serve()),
-        *(asyncio.create_task(_join(service, address)) for address in config.join),
-    ]
-    stop = asyncio.create_task(stopping.wait())
+    steps = _in_thread("steps", lambda: loop.run(room.stage, runner, inbox, tell))
     try:
-        await _first_of(stop, broken, *tasks)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(config.shutdown_timeout):
-                await _first_of(asyncio.create_task(service.drain()), broken, *tasks)
+        async with asyncio.TaskGroup() as group:
+            parts = [
+                group.create_task(_watch(steps)),
+                group.create_task(service.tick(TICK_S)),
+                group.create_task(room.serve()),
+                group.create_task(stay_joined(service, config.join)),
+            ]
+            await stopping.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(config.shutdown_timeout):
+                    await service.drain()
+            for part in parts:
+                part.cancel()
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
     finally:
-        for task in (stop, *tasks):
-            task.cancel()
-        await asyncio.gather(stop, *tasks, return_exceptions=True)
         inbox.put(loop.Stop())
-        await asyncio.to_thread(thread.join, 1.0)
+        await asyncio.wait((steps,), timeout=1.0)
+        steps.cancel()  # one that still runs has nobody to tell any more
 
 
-async def _first_of(*waiting: Awaitable[Any]) -> None:
-    """Returns when the first of them returns; raises what it raised."""
-    done, _ = await asyncio.wait(
-        [asyncio.ensure_future(one) for one in waiting], return_when=asyncio.FIRST_COMPLETED
-    )
-    for one in done:
-        one.result()
-
-
-async def _join(service: WorkerService, address: str) -> None:
+async def _watch(steps: asyncio.Future[None]) -> None:
     try:
-        await service.join(address, lambda: None)
-    except HandshakeRefused as error:
-        raise StartError(f"{address} refuses this worker: {error.message}") from None
+        await asyncio.shield(steps)
+    except Exception:
+        log.critical("step loop broke", exc_info=True)
+        raise
+
+
+async def stay_joined(service: WorkerService, addresses: Sequence[str]) -> None:
+    """Be a member of every gateway that takes us. Raises StartError once all have refused."""
+    refusals: list[str] = []
+
+    async def join(address: str) -> None:
+        try:
+            await service.join(address)
+        except HandshakeRefused as error:
+            refusals.append(f"{address} refuses this worker: {error.message}")
+            if len(refusals) < len(addresses):
+                log.warning(
+                    "refused by a gateway", extra={"address": address, "reason": error.message}
+                )
+
+    async with asyncio.TaskGroup() as group:
+        for address in addresses:
+            group.create_task(join(address))
+    raise StartError("; ".join(refusals))
+
+
+def _in_thread(name: str, work: Callable[[], Result]) -> asyncio.Future[Result]:
+    """Run `work` in a thread of its own, which nothing waits for when the event loop ends."""
+    result: concurrent.futures.Future[Result] = concurrent.futures.Future()
+    result.set_running_or_notify_cancel()  # cancelling what we return leaves the thread alone
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:  # belongs to whoever awaits it
+            result.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return asyncio.wrap_future(result)
+
+
+async def _unless(stopping: asyncio.Event, result: asyncio.Future[Result]) -> Result | None:
+    """The result, or None if we are told to stop before it is there."""
+    stop = asyncio.create_task(stopping.wait())
+    await asyncio.wait((stop, result), return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if result.done():
+        return result.result()
+    result.cancel()
+    return None
+
+
+def _pin(cores: Sequence[int]) -> None:
+    if not cores:
+        return
+    allowed = os.sched_getaffinity(0)
+    for core in cores:
+        if core not in allowed:
+            raise StartError(f"--pin: {core} is not one of {', '.join(map(str, sorted(allowed)))}")
+    os.sched_setaffinity(0, cores)
 
 
 def _parts(config: WorkerConfig, directory: Path, model: LoadedModel) -> Parts:

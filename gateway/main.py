@@ -36,17 +36,25 @@ from gateway.tokens import Tokenizer
 
 log = logging.getLogger(__name__)
 
+ACTIVE_POLL_S = 0.05
+
+LAST_GRACE_S = 0.2
+"""For members to see that their session has ended, when no answer needs them any more."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Serve until told to stop. Raises StartError."""
     config = load(GatewayConfig, argv, "baton gateway")
     process.die_with_parent(config.die_with)
     process.start_logging(config.log_level)
-    return process.run(lambda stopping: serve(config, stopping))
+    return process.run(lambda stopping: serve(config, stopping), config.start_word)
 
 
 async def serve(config: GatewayConfig, stopping: asyncio.Event) -> int:
-    """One gateway, from bound ports to the last answer. Raises StartError."""
+    """One gateway, from bound ports to the last answer. Raises StartError.
+
+    Returns the exit status: 1 if it ended because a part of it broke.
+    """
     listener = bind(config.host, config.port)
     directory = model_directory(config)
     gateway, pools = build(config, directory)
@@ -79,14 +87,27 @@ async def serve(config: GatewayConfig, stopping: asyncio.Event) -> int:
     stop = asyncio.create_task(stopping.wait())
     log.info("gateway up", extra={"http": f"{config.host}:{config.port}", "grpc": address})
     await asyncio.wait((serving, stop, watch), return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
     http.should_exit = True
-    await serving
-    for task in (watch, stop):
-        task.cancel()
+    stopped = asyncio.create_task(server.stop(config.shutdown_timeout))  # takes no new call
+    await asyncio.wait((serving,))
+    while gateway.active and not stopped.done():
+        # Not until the server has stopped: members and health watchers have calls without an end.
+        await asyncio.sleep(ACTIVE_POLL_S)
+    watch.cancel()
     await pools.close()
-    await server.stop(grace=0.2)
+    await asyncio.gather(server.stop(LAST_GRACE_S), stopped)
     gateway.text.stop()
-    return 0
+    return await _verdict(serving, watch)
+
+
+async def _verdict(*parts: asyncio.Task[None]) -> int:
+    status = 0
+    for ended in await asyncio.gather(*parts, return_exceptions=True):
+        if isinstance(ended, Exception):
+            log.critical("gateway broke", exc_info=ended)
+            status = 1
+    return status
 
 
 def build(config: GatewayConfig, directory: Path) -> tuple[Gateway, Pools]:

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from cluster.errors import Cancelled
+from cluster.errors import Cancelled, DeadlineExceeded
 from gateway.ask import Ask
 from gateway.gateway import Gateway
 from gateway.keys import Tenant
@@ -61,9 +61,9 @@ class AnswerResponse(Response):
         async def collect(arrived: list[Delta]) -> None:
             deltas.extend(arrived)
 
-        async with while_connected(receive):
+        async with while_connected(receive), within(self._gateway.request_timeout_s):
             answer = await self._prepare()
-            await answer.run(collect, self._gateway.request_timeout_s)
+            await answer.run(collect)
         metrics = answer.timeline() if self._ask.return_timeline else None
         body = shape_of(self._gateway, self._ask, answer).whole(deltas, answer.usage, metrics)
         await Response(body, media_type="application/json")(scope, receive, send)
@@ -71,7 +71,7 @@ class AnswerResponse(Response):
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
         try:
-            async with while_connected(receive):
+            async with while_connected(receive), within(self._gateway.request_timeout_s):
                 answer = await self._prepare()
                 shape = shape_of(self._gateway, self._ask, answer)
                 unfinished = len(answer.choices)
@@ -98,7 +98,7 @@ class AnswerResponse(Response):
                     if body := "".join(events):
                         await send(_body(body.encode(), more=True))
 
-                await answer.run(emit, self._gateway.request_timeout_s)
+                await answer.run(emit)
             end = DONE
             if self._ask.include_usage:
                 metrics = answer.timeline() if self._ask.return_timeline else None
@@ -129,6 +129,18 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
         watcher = tasks.create_task(watch())
         yield
         watcher.cancel()
+
+
+@asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    """Raises DeadlineExceeded when the block takes longer."""
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded("The answer took longer than the time limit.") from None
 
 
 def _body(data: bytes, *, more: bool) -> dict[str, Any]:

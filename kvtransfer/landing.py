@@ -39,7 +39,6 @@ from kvtransfer.frames import (
 )
 from kvtransfer.receiver import Arrived
 
-
 _EVENTS = ("promised", "rearmed", "sealed", "started", "replaced", "cancelled")
 """What may happen to a landing, besides that it expires."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import zmq
@@ -71,6 +71,9 @@ class PrefillRoom:
     async def serve(self) -> None:
         async with self._sender:
             await asyncio.Event().wait()
+
+    def metrics(self) -> Iterable[tuple[str, float]]:
+        return self._sender.metrics()
 
     def close(self) -> None:
         self._context.destroy(linger=0)

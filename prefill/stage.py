@@ -89,7 +89,7 @@ class PrefillStage:
         self._mail: list[tuple[int, Event]] = []
         self._draining = False
         self._failures: Counter[str] = Counter()  # handoffs, by what ended them
-        self._sent_bytes = 0
+        self._sent_bytes = self._steps = self._step_tokens = 0
 
     def apply(self, order: Any) -> None:
         match order:
@@ -159,6 +159,8 @@ class PrefillStage:
         return batch, attend_and_announce
 
     def accept(self, plan: Plan, sampled: list[Sampled | None]) -> None:
+        self._steps += 1
+        self._step_tokens += plan.tokens
         tokens = iter(sampled)
         for chunk in plan.chunks:
             sequence = chunk.sequence
@@ -211,6 +213,8 @@ class PrefillStage:
             promised_blocks=counts.promised,
             owned_blocks=counts.owned,
             counters=(
+                (metrics.STEPS, self._steps),
+                (metrics.STEP_TOKENS, self._step_tokens),
                 (metrics.KV_TRANSFER_BYTES, self._sent_bytes),
                 *(
                     (metrics.labelled(metrics.KV_TRANSFER_FAILURES, reason=code), number)

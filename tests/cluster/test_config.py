@@ -5,15 +5,25 @@ from pathlib import Path
 import pytest
 
 from cluster.config import (
+    API_KEYS,
     BUILT_IN,
+    MAX_BODY_BYTES,
+    Common,
     GatewayConfig,
     ServeConfig,
     WorkerConfig,
+    child_environment,
     flags,
     load,
     model_directory,
 )
 from cluster.errors import StartError
+from kvtransfer import frames
+
+
+@pytest.fixture(autouse=True)
+def _no_keys_around_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(API_KEYS, raising=False)
 
 
 def test_defaults() -> None:
@@ -41,16 +51,54 @@ def test_the_model_may_be_positional(tmp_path: Path) -> None:
     [
         (["--max-num-seq", "3"], "did you mean --max-num-seqs?"),
         (["--max-num-seqs", "many"], "--max-num-seqs"),
-        (["--max-num-seqs", "-1"], "must not be negative"),
         (["--role", "cook"], "not one of prefill, decode, both"),
-        (["--port", "70000"], "not a port"),
-        (["--host", "0.0.0.0"], "loopback"),
+        (["--host", "0.0.0.0"], "--host: '0.0.0.0' is not a loopback address"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
 def test_what_is_wrong_is_said(argv: list[str], part: str) -> None:
     with pytest.raises(StartError, match=part.replace("?", r"\?")):
         load(WorkerConfig, argv, "baton worker")
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag", "value", "allowed"),
+    [
+        (WorkerConfig, "--max-num-seqs", "-1", "at least 1"),
+        (WorkerConfig, "--max-num-seqs", "0", "at least 1"),
+        (WorkerConfig, "--max-num-batched-tokens", "0", "at least 1"),
+        (WorkerConfig, "--block-size", "0", "at least 1"),
+        (WorkerConfig, "--kv-cache-memory-bytes", "0", "at least 1"),
+        (WorkerConfig, "--threads", "0", "at least 1"),
+        (WorkerConfig, "--lease", "0", "from 1 to 1000000"),
+        (WorkerConfig, "--lease", "nan", "from 1 to 1000000"),
+        (WorkerConfig, "--chunk-bytes", "0", "from 1 to 16777216"),
+        (WorkerConfig, "--chunk-bytes", "16777217", "from 1 to 16777216"),
+        (WorkerConfig, "--credit-bytes", "2097151", "at least --chunk-bytes 2097152"),
+        (WorkerConfig, "--pin", "-1", "at least 0"),
+        (WorkerConfig, "--port", "70000", "from 0 to 65535"),
+        (WorkerConfig, "--dtype", "float8", "one of auto, float32, float16, bfloat16"),
+        (WorkerConfig, "--load-format", "gguf", "one of auto, dummy"),
+        (WorkerConfig, "--log-level", "loud", "one of debug, info, warning, error"),
+        (ServeConfig, "--log-level", "loud", "one of debug, info, warning, error"),
+        (ServeConfig, "--start-timeout", "0", "from 1 to"),
+        (GatewayConfig, "--port", "0", "from 1 to 65535"),
+        (GatewayConfig, "--max-waiting", "0", "at least 1"),
+        (GatewayConfig, "--max-model-len", "1", "at least 2"),
+        (GatewayConfig, "--request-timeout", "0", "from 0.001 to"),
+        (GatewayConfig, "--request-timeout", "inf", "to 1000000"),
+    ],
+)
+def test_values_that_cannot_work(kind: type[Common], flag: str, value: str, allowed: str) -> None:
+    """The error names the flag, the value and what is allowed."""
+    with pytest.raises(StartError) as caught:
+        load(kind, [f"{flag}={value}"], "baton")
+    assert caught.value.message.startswith(f"{flag}: ")
+    assert value in caught.value.message and allowed in caught.value.message
+
+
+def test_the_largest_chunk_fits_into_a_frame() -> None:
+    assert MAX_BODY_BYTES == frames.MAX_BODY
 
 
 @pytest.mark.parametrize(
@@ -62,6 +110,8 @@ def test_what_is_wrong_is_said(argv: list[str], part: str) -> None:
         ("max-num-seqs: true", "whole number"),
         ("name: 5", "a text"),
         ("threads: 1.5", "whole number"),
+        ("pin: [a]", "--pin: 'a' is not a whole number"),
+        ("join: []", "--join: none is given"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path: Path, text: str, part: str) -> None:
@@ -89,3 +139,64 @@ def test_help_shows_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
 def test_flags_rebuild_the_configuration() -> None:
     config = WorkerConfig(role="decode", join=("a:1", "b:2"), enable_prefix_caching=False, pin=(0,))
     assert load(WorkerConfig, flags(config, WorkerConfig), "baton worker") == config
+
+
+def test_a_value_may_begin_like_a_flag() -> None:
+    config = GatewayConfig(served_model_name=("-x", "--port"))
+    assert load(GatewayConfig, flags(config, GatewayConfig), "baton gateway") == config
+
+
+def test_keys_are_handed_to_children_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never on the command line, which every user of the machine can read."""
+    config = load(GatewayConfig, ["--api-key=-a", "--api-key=b", "--port=9"], "baton gateway")
+    arguments = flags(config, GatewayConfig)
+    assert arguments == ["--port=9"]
+    monkeypatch.setenv(API_KEYS, child_environment(config.api_key)[API_KEYS])
+    assert load(GatewayConfig, arguments, "baton gateway") == config
+    assert load(GatewayConfig, ["--api-key", "c"], "baton gateway").api_key == ("c",)
+    monkeypatch.setenv(API_KEYS, child_environment()[API_KEYS])
+    assert load(GatewayConfig, [], "baton gateway").api_key == ()
+
+
+def test_keys_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("a\n\n  b\r\n")
+    config = load(GatewayConfig, ["--api-key", "c", "--api-key-file", str(file)], "baton gateway")
+    assert config.api_key == ("c", "a", "b")
+    assert flags(config, GatewayConfig) == []
+
+
+@pytest.mark.parametrize("text", [None, "", "\n\n", "a b", "schlüssel"])
+def test_a_key_file_that_holds_no_keys_is_refused(tmp_path: Path, text: str | None) -> None:
+    """Above all it must not leave the gateway open to everybody."""
+    file = tmp_path / "keys"
+    if text is not None:
+        file.write_text(text, encoding="utf-8")
+    with pytest.raises(StartError, match=r"--api-key-file .*keys"):
+        load(GatewayConfig, ["--api-key-file", str(file)], "baton gateway")
+
+
+@pytest.mark.parametrize("text", ["api-key: 31415", "api-key: s e c 31415", "api-key: ''"])
+def test_a_wrong_key_is_refused_and_not_shown(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(StartError, match="--api-key: a value is not") as caught:
+        load(GatewayConfig, ["--config", str(file)], "baton gateway")
+    assert "31415" not in caught.value.message
+
+
+@pytest.mark.parametrize("kind", [GatewayConfig, ServeConfig])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.1.2.3", "example.org"])
+def test_http_off_loopback_needs_a_key(
+    kind: type[Common], host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StartError, match=f"--host {host} without --api-key"):
+        load(kind, ["--host", host], "baton")
+    load(kind, ["--host", host, "--api-key", "k"], "baton")
+    monkeypatch.setenv(API_KEYS, "k")
+    load(kind, ["--host", host], "baton")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_loopback_needs_none(host: str) -> None:
+    load(GatewayConfig, ["--host", host, "--grpc-host", host], "baton")

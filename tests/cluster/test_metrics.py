@@ -105,7 +105,8 @@ def test_workers_counters_keep_their_own_label() -> None:
 def test_a_worker_cannot_shadow_a_name_or_break_the_page() -> None:
     counters = [
         ("vllm:prompt_tokens", 9.0),
-        ("baton_steps", 7.0),
+        ("baton_naps", 7.0),
+        ('baton_naps{reason="x"}', 1.0),
         ('baton_steps{reason="x"}', 1.0),
         ("no name\n", 1.0),
     ]
@@ -115,7 +116,8 @@ def test_a_worker_cannot_shadow_a_name_or_break_the_page() -> None:
     who = (("role", "decode"), ("worker", "d0"))
     assert samples["vllm:prompt_tokens_total", ()] == 11
     assert samples["baton_worker_vllm_prompt_tokens_total", who] == 9
-    assert samples["baton_worker_steps_total", who] == 7
+    assert samples["baton_worker_naps_total", who] == 7
+    assert not [name for name, labels in samples if "x" in dict(labels).values()]
 
 
 def test_clients_make_no_label_values() -> None:
@@ -130,12 +132,22 @@ def test_baton_counters() -> None:
     gateway.handoff("done")
     gateway.error("overloaded")
     gateway.cancelled()
-    gateway.fallback()
     samples = page(gateway)
     assert samples["baton_handoffs_total", (("outcome", "done"),)] == 1
     assert samples["baton_errors_total", (("code", "overloaded"),)] == 1
     assert samples["baton_requests_cancelled_total", ()] == 1
-    assert samples["baton_fallback_total", ()] == 1
+
+
+def test_mean_batch_and_mean_transfer_come_from_two_counters_each() -> None:
+    counters = [
+        (metrics.STEPS, 4.0), (metrics.STEP_TOKENS, 100.0),
+        (metrics.HANDOFFS_SENT, 5.0), (metrics.KV_TRANSFER_SECONDS, 0.5),
+    ]  # fmt: skip
+    samples = page(with_workers(view("p0", "prefill", counters)))
+    who = (("role", "prefill"), ("worker", "p0"))
+    assert samples["baton_step_tokens_total", who] / samples["baton_steps_total", who] == 25
+    seconds = samples["baton_kv_transfer_seconds_total", who]
+    assert seconds / samples["baton_handoffs_sent_total", who] == pytest.approx(0.1)
 
 
 def test_every_name_carries_the_model() -> None:

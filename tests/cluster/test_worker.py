@@ -159,3 +159,17 @@ async def test_it_has_drained_when_nothing_runs_waits_or_is_promised() -> None:
     service.tell([], Load(8, cached_blocks=3))
     await draining
     assert clock() - idle == pytest.approx(LINGER_S + 0.1)
+
+
+async def test_orders_that_cannot_be_read_end_the_session_and_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def broken() -> AsyncIterator[Order]:
+        raise ValueError("no order")
+        yield
+
+    service, posted = _service()
+    assert [report async for report in service.session(broken())] == []
+    assert posted == [SessionClosed(1)]
+    [record] = caplog.records
+    assert record.exc_info is not None and str(record.exc_info[1]) == "no order"

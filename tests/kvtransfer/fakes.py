@@ -109,13 +109,17 @@ class DecodeSide:
     def __init__(
         self, block_size: int = 4, blocks: int = 64, layout: KVLayout = LAYOUT, **options: int
     ) -> None:
-        self.now = 0.0
+        self.clock: Callable[[], float] = lambda: 0.0
         self.pool = BlockPool(blocks, block_size)
         self.cache = KVCache(layout, blocks, block_size)
         self.landings = Landings(self.pool, self.cache, DECODE_PEER, "memory")
         self.sealed: list[tuple[str, int]] = []
         loop = asyncio.get_running_loop()
         self.receiver = Receiver(hello(layout=layout), self._post, loop.call_soon, **options)
+
+    @property
+    def now(self) -> float:
+        return self.clock()
 
     def _post(self, arrived: Arrived) -> None:
         key = self.landings.receive(arrived, self.now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -13,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from cluster import metrics
 from cluster.errors import BlocksExhausted, TransferFailed
 from cluster.lifecycle import LandingState
 from cluster.messages import KVLayout, Landing, LayerGroup, Request
@@ -615,6 +617,75 @@ def test_captured_frames_replayed_after_the_blocks_were_given_on_change_nothing(
     site = bench.landings.start("new", 1)
     assert site is not None
     assert bench.content(site) == new.source.content()
+
+
+def calls_in(work: Callable[[], object]) -> int:
+    """How many functions were entered, Python's and C's."""
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+def test_the_ten_thousandth_chunk_is_checked_with_as_little_work_as_the_first() -> None:
+    """The step thread has a token for everybody to write meanwhile."""
+    tokens = 3334
+    bench = Bench(block_size=16, blocks=tokens // 16 + 1)
+    landing = bench.landings.promise(request("r", tokens), 1, 0.0)
+    address = address_of(landing, 1)
+    boxes = [
+        Box(range(layer, layer + 1), range(3 if layer == 2 else 2), range(token, token + 1))
+        for layer in range(3)
+        for token in range(tokens)
+    ]
+    Random(1).shuffle(boxes)
+    bodies = [bytes(bench.cache.token_bytes(box.layers)) for box in boxes]
+
+    def write(index: int) -> None:
+        chunk = Chunk(address, index, boxes[index], "float32")
+        bench.landings.write(chunk, bodies[index], index, 0.0)
+
+    write(0)
+    early = calls_in(lambda: write(1))
+    last = len(boxes) - 1
+    assert last >= 10_000
+    for index in range(2, last):
+        write(index)
+    assert calls_in(lambda: write(last)) == early
+    digest = combined((index, index) for index in range(len(boxes)))
+    assert bench.landings.conclude(Manifest(address, len(boxes), range(tokens), digest), 0.0)
+
+
+def test_what_was_refused_and_what_became_of_landings_is_told(bench: Bench) -> None:
+    stale = bench.writer()
+    writer = bench.writer(attempt=2)
+    for old in (stale.chunks[0], stale.chunks[1]):
+        arrived = Arrived(old, b"", 0, lambda fields, text: None)
+        bench.landings.receive(arrived, 0.0)
+    for index in (0, *range(len(writer.chunks))):
+        writer.write(bench.landings, index, 0.0)
+    bench.landings.conclude(writer.manifest, 0.0)
+    bench.landings.start("r", 2)
+    bench.writer(4, "late")
+    bench.landings.sweep(LEASE)
+    told = dict(bench.landings.metrics())
+    assert told[metrics.labelled(metrics.FRAMES_REJECTED, reason="stale generation")] == 2
+    assert told[metrics.KV_CHUNKS] == len(writer.chunks)
+    assert told[metrics.KV_CHUNKS_REPEATED] == 1
+    assert told[metrics.KV_TRANSFER_BYTES] == sum(map(len, writer.bodies))
+    assert told[metrics.KV_LEASE_EXPIRED] == 1
+    events = {"promised": 2, "rearmed": 1, "sealed": 1, "started": 1, "replaced": 0, "cancelled": 0}
+    for event, number in events.items():
+        assert told[metrics.labelled(metrics.LANDINGS, event=event)] == number
 
 
 def test_odd_layouts_need_every_group_to_seal() -> None:

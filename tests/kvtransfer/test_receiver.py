@@ -7,6 +7,8 @@ from random import Random
 
 import pytest
 
+from cluster import metrics
+from cluster.errors import StartError
 from cluster.wire.codec import encode_hello
 from kvtransfer.frames import (
     Ack,
@@ -23,9 +25,10 @@ from kvtransfer.frames import (
     Welcome,
     decode,
     encode,
+    row_bytes,
 )
 from kvtransfer.receiver import MAX_KNOWN, MAX_STRIKES, MAX_UNANSWERED, Receiver
-from tests.kvtransfer.fakes import DECODE_PEER, PREFILL_PEER, Yes, hello, prefill_hello
+from tests.kvtransfer.fakes import DECODE_PEER, LAYOUT, PREFILL_PEER, Yes, hello, prefill_hello
 
 ADDRESS = Address("ab" * 16, 1, DECODE_PEER.incarnation, 1)
 CHUNK = Chunk(ADDRESS, 0, Box(range(1), range(1), range(1)), "float32")
@@ -181,3 +184,29 @@ def test_many_names_are_kept_up_to_a_limit_the_quietest_goes(net: Net) -> None:
     assert net.receiver.counters["fenced"] == 1
     net.take((1).to_bytes(4, "little"), CHUNK)
     assert len(net.stage.arrived) == 1
+
+
+def test_each_dropped_frame_and_ended_link_is_told_under_one_reason(net: Net) -> None:
+    net.take(b"r", CHUNK, b"body")
+    net.greet(b"r")
+    net.receiver.take(b"r", [b"junk"])
+    net.receiver.take(b"r", [encode(1, CHUNK, b"body")[0], b"bodY"])
+    net.greet(b"s", incarnation=12)
+    net.greet(b"r")
+    net.stage.silent = True
+    net.take(b"s", CHUNK, bytes(1001))
+    net.take(b"s", CHUNK)
+    told = dict(net.receiver.metrics())
+    frames = {"malformed": 1, "damaged": 1, "fenced": 1, "cut": 1}
+    links = {"refused": 1, "evicted": 1, "overdrawn": 1}
+    assert told == {
+        **{metrics.labelled(metrics.BAD_FRAMES, reason=why): n for why, n in frames.items()},
+        **{metrics.labelled(metrics.LINKS_ENDED, reason=why): n for why, n in links.items()},
+    }
+
+
+def test_credit_for_less_than_the_smallest_chunk_is_refused_at_the_start() -> None:
+    least = row_bytes(LAYOUT)
+    Net(least)
+    with pytest.raises(StartError, match=f"--credit-bytes {least - 1} is too small.* {least}"):
+        Net(least - 1)

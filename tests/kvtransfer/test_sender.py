@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from cluster import metrics
 from cluster.errors import (
     BatonError,
     Cancelled,
     DeadlineExceeded,
     HandshakeRefused,
+    StartError,
     TransferFailed,
     WorkerLost,
 )
 from cluster.messages import KVLayout, Landing, LayerGroup, Peer
 from engine.blocks import Block, block_keys
 from engine.cache import KVCache
-from kvtransfer.frames import Buffer, Chunk, Manifest, Renew, decode
+from kvtransfer.frames import MAX_BODY, Buffer, Chunk, Manifest, Renew, decode
 from kvtransfer.link import FramedLink, Link
+from kvtransfer.receiver import Arrived
 from kvtransfer.sender import Announcement, Carried, Handoff, Sender
 from tests.kvtransfer.fakes import (
     DECODE_PEER,
@@ -34,6 +37,7 @@ from tests.kvtransfer.fakes import (
     prefill_hello,
     request,
 )
+from tests.virtual import clock, on_virtual_time
 
 
 class Pair:
@@ -67,7 +71,10 @@ class Pair:
     def connect(self, landing: Landing) -> Link:
         self.connects += 1
         return FramedLink(
-            MemoryWire(self.host), prefill_hello(layout=self.cache.layout), landing.peer
+            MemoryWire(self.host),
+            prefill_hello(layout=self.cache.layout),
+            landing.peer,
+            answer_timeout=60.0,
         )
 
     def release(self, handoff: Handoff, error: BatonError | None, carried: Carried) -> None:
@@ -143,6 +150,34 @@ async def test_announcements_are_cut_to_size_and_lose_nothing(chunk_bytes: int) 
     assert pair.decode.landings.counters["chunks"] >= len(pair.content()) / max(
         chunk_bytes, smallest
     )
+
+
+@pytest.mark.parametrize("credit", [64, 100, 900])
+async def test_no_chunk_exceeds_the_credit_whatever_its_size_should_be(credit: int) -> None:
+    pair = Pair(chunk_bytes=10**6, credit=credit)
+    async with pair.sender:
+        pair.announce_all(pair.open())
+        assert await pair.outcome() is None
+    assert pair.started_content() == pair.content()
+
+
+async def test_no_chunk_exceeds_a_frame_whatever_its_size_should_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvtransfer.frames.MAX_BODY", 1000)
+    monkeypatch.setattr("kvtransfer.sender.MAX_BODY", 1000)
+    pair = Pair(chunk_bytes=10**6)
+    async with pair.sender:
+        pair.announce_all(pair.open())
+        assert await pair.outcome() is None
+    assert pair.started_content() == pair.content()
+
+
+async def test_a_model_whose_kv_fits_no_frame_is_refused_at_the_start() -> None:
+    layout = KVLayout((LayerGroup(1, 1, MAX_BODY // 4 + 1),), "bfloat16")
+    cache = KVCache(layout, 1, 1)
+    with pytest.raises(StartError, match=f"{MAX_BODY + 4} bytes of KV"):
+        Sender(cache, lambda landing: pytest.fail("connects"), lambda *_: None)
 
 
 async def test_layer_by_layer_in_any_order_while_computing(pair: Pair) -> None:
@@ -339,6 +374,46 @@ async def test_damage_is_mended_on_the_way(pair: Pair) -> None:
     assert pair.decode.receiver.counters["damaged"] == len(damaged) == 8
 
 
+@on_virtual_time
+async def test_what_handoffs_took_and_what_was_sent_again_is_told() -> None:
+    pair = Pair()
+    spoilt = 0
+
+    def alter(parts: list[Buffer]) -> list[Buffer]:
+        nonlocal spoilt
+        if spoilt == 2 or not isinstance(decode(parts).fields, Chunk):
+            return parts
+        spoilt += 1
+        return [parts[0], bytes(len(parts[1]))]
+
+    pair.host.alter = alter
+    post = pair.decode.receiver._post
+    pair.decode.receiver._post = lambda arrived: delayed(1.5, post, arrived)
+    async with pair.sender:
+        pair.announce_all(pair.open())
+        assert await pair.outcome() is None
+        chunks = pair.released[0][2].chunks
+        pair.announce_all(pair.open("fails"))
+        pair.decode.landings.cancel("fails", 1)
+        while len(pair.released) < 2:
+            await asyncio.sleep(0.1)
+        pair.host.close()
+        pair.open("again")  # on a new link
+        assert dict(pair.sender.metrics()) == {
+            metrics.HANDOFFS_SENT: 1,
+            metrics.KV_TRANSFER_SECONDS: 3.0,  # a chunk, the manifest
+            metrics.KV_CHUNKS: chunks,
+            metrics.KV_CHUNKS_RESENT: 2,
+        }
+        await asyncio.sleep(1)
+        assert pair.connects == 2
+        assert dict(pair.sender.metrics())[metrics.KV_CHUNKS_RESENT] == 2
+
+
+def delayed(seconds: float, function: Callable[..., None], *arguments: object) -> None:
+    asyncio.get_running_loop().call_later(seconds, function, *arguments)
+
+
 async def test_duplicated_frames_change_nothing(pair: Pair) -> None:
     def alter(parts: list[Buffer]) -> list[Buffer]:
         route = next(iter(pair.host.wires))
@@ -373,6 +448,82 @@ async def test_a_lease_is_kept_alive_while_there_is_nothing_to_send(pair: Pair) 
     pair.announce_all(handoff)
     assert await pair.outcome() is None
     assert pair.started_content() == pair.content()
+
+
+def count_renewals(pair: Pair) -> Callable[[], int]:
+    renewals = 0
+
+    def alter(parts: list[Buffer]) -> list[Buffer]:
+        nonlocal renewals
+        renewals += isinstance(decode(parts).fields, Renew)
+        return parts
+
+    pair.host.alter = alter
+    return lambda: renewals
+
+
+@on_virtual_time
+async def test_announcing_what_the_decoder_has_does_not_delay_renewals() -> None:
+    pair = Pair(tokens=38)
+    pair.decode.clock = clock
+    renewals = count_renewals(pair)
+    keys = tuple(block_keys(request("r", 38).tokens, 4, b"root"))
+    async with pair.sender:
+        pair.announce_all(pair.open("a", keys=keys))
+        assert await pair.outcome() is None
+        pair.started_content("a")
+        pair.released.clear()
+        pair.ended.clear()
+        second = pair.open("b", keys=keys)
+        assert (second.landing.cached_tokens, renewals()) == (36, 0)
+        for tokens in range(1, 21):  # a quarter of a lease each
+            pair.announce(second, range(3), range(tokens))
+            await asyncio.sleep(second.landing.lease_s / 4)
+            assert pair.decode.landings.sweep(clock()) == []
+        assert 13 <= renewals() <= 15
+        pair.announce_all(second)
+        assert await pair.outcome() is None
+
+
+@on_virtual_time
+async def test_a_chunk_is_as_good_as_a_renewal() -> None:
+    pair = Pair(tokens=38)
+    pair.decode.clock = clock
+    renewals = count_renewals(pair)
+    async with pair.sender:
+        handoff = pair.open()
+        for token in range(38):
+            pair.announce(handoff, range(3), range(token, token + 1))
+            await asyncio.sleep(handoff.landing.lease_s / 4)
+        assert renewals() == 0
+        pair.sender.finish(*handoff.key)
+        assert await pair.outcome() is None
+
+
+@on_virtual_time
+async def test_the_lease_is_renewed_while_the_last_chunks_wait_for_credit() -> None:
+    pair = Pair(chunk_bytes=6000, credit=6000)
+    pair.decode.clock = clock
+    post, withheld = pair.decode.receiver._post, list[Arrived]()
+
+    def hold_back(arrived: Arrived) -> None:
+        ours = arrived.fields.address.landing == first.landing.id
+        withheld.append(arrived) if ours and not withheld else post(arrived)
+
+    pair.decode.receiver._post = hold_back
+    async with pair.sender:
+        first, second = pair.open("a"), pair.open("b")
+        lease = first.landing.lease_s
+        await asyncio.sleep(0.2 * lease)
+        pair.announce_all(first)
+        await asyncio.sleep(0.1 * lease)
+        pair.announce_all(second)
+        await asyncio.sleep(0.8 * lease)
+        assert [len(pair.released), len(withheld)] == [0, 1]
+        post(withheld[0])
+        while len(pair.released) < 2:
+            await asyncio.sleep(0)
+    assert [error for _, error, _ in pair.released] == [None, None]
 
 
 async def test_after_the_last_announcement_the_lease_is_the_deadline(pair: Pair) -> None:

@@ -8,13 +8,15 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import zmq
 
+from cluster import metrics
 from cluster.errors import HandshakeRefused, StartError, WorkerLost
-from kvtransfer.frames import MAX_BODY, Address, Box, Chunk, digest_of
+from kvtransfer.frames import MAX_BODY, Address, Box, Chunk, digest_of, encode
 from kvtransfer.link import FramedLink
 from kvtransfer.receiver import MAX_STRIKES, Receiver
 from kvtransfer.zeromq import ZmqHost, ZmqWire, link_to
@@ -110,6 +112,14 @@ async def test_junk_from_a_raw_socket_is_counted_and_cut(
     await sender.open()
     await sender.send(CHUNK, 1, lambda: b"x")
     sender.close()
+    told = dict(host.metrics())
+    assert told[metrics.labelled(metrics.BAD_FRAMES, reason="malformed")] == MAX_STRIKES
+    assert told[metrics.ANSWERS_UNDELIVERED] == 0
+
+
+async def test_an_answer_to_nobody_is_counted(host: ZmqHost) -> None:
+    host._receiver.take(b"nobody", list(encode(1, CHUNK, b"x")))
+    assert dict(host.metrics())[metrics.ANSWERS_UNDELIVERED] == 1
 
 
 async def test_an_oversized_message_costs_its_sender_the_connection_only(
@@ -163,7 +173,8 @@ async def test_a_receiver_that_dies_or_stops_loses_the_link(
         with pytest.raises(WorkerLost):
             await sender.open()
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            process.kill()
         await process.wait()
         process._transport.close()  # type: ignore[attr-defined]
 
