@@ -59,7 +59,6 @@ class DecodeRoom:
             budget=config.max_num_batched_tokens,
             max_sequences=config.max_num_seqs,
             clock=monotonic,
-            promises=config.role != BOTH,
         )
 
     def open(self) -> str:

@@ -53,7 +53,7 @@ class _Started:
 
 
 class DecodeStage:
-    """Owned by the step thread. Without `promises` it takes no KV in: the role `both`."""
+    """Owned by the step thread."""
 
     def __init__(
         self,
@@ -66,7 +66,6 @@ class DecodeStage:
         budget: int,
         max_sequences: int,
         clock: Clock,
-        promises: bool = True,
     ) -> None:
         self._cache = cache
         self._pool = pool
@@ -75,7 +74,6 @@ class DecodeStage:
         self._landings = landings
         self._budget = budget
         self._max_sequences = max_sequences
-        self._promises = promises
         self._clock = clock
         self._queue = PromptQueue(allocator)
         self._running: list[Sequence] = []  # oldest first
@@ -91,7 +89,7 @@ class DecodeStage:
                 sealed = self._landings.receive(order, self._clock())
                 if sealed is not None and sealed[0] in self._started:
                     self._join(self._started.pop(sealed[0]))
-            case Ordered(session, Promise(request, attempt)) if self._promises:
+            case Ordered(session, Promise(request, attempt)):
                 self._promise(session, request, attempt)
             case Ordered(session, Start() as start):
                 self._join(_Started(start, session, self._clock()))

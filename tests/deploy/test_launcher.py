@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 import pytest
 
 from cluster.config import GatewayConfig, ServeConfig, WorkerConfig, load
 from cluster.errors import StartError
-from deploy.launcher import children, main
+from cluster.process import EXIT_START
+from deploy.launcher import Child, Launcher, children, main
 
 
 def started(*argv: str) -> dict[str, list[str]]:
@@ -17,9 +21,9 @@ def test_one_gateway_and_the_workers_asked_for() -> None:
 
 
 def test_every_child_gets_what_concerns_it() -> None:
-    plan = started("m", "--port", "9", "--grpc-port", "10", "--api-key", "k", "--block-size", "32")
+    plan = started("m", "--port", "9", "--grpc-port", "10", "--block-size", "32")
     gateway = load(GatewayConfig, plan["gateway"][1:], "baton gateway")
-    assert (gateway.model, gateway.port, gateway.grpc_port, gateway.api_key) == ("m", 9, 10, ("k",))
+    assert (gateway.model, gateway.port, gateway.grpc_port) == ("m", 9, 10)
     worker = load(WorkerConfig, plan["prefill-0"][1:], "baton worker")
     assert (worker.model, worker.role, worker.block_size) == ("m", "prefill", 32)
     assert worker.join == ("127.0.0.1:10",)
@@ -39,3 +43,29 @@ def test_pools_may_differ_in_block_size() -> None:
 def test_a_cluster_that_could_not_answer_is_refused(argv: list[str]) -> None:
     with pytest.raises(StartError, match="nothing could answer"):
         main(argv)
+
+
+def test_keys_are_given_to_the_gateway_alone_and_on_no_command_line() -> None:
+    plan = children(load(ServeConfig, ["--api-key", "hush"], "baton serve"))
+    assert [child.api_key for child in plan] == [("hush",), (), ()]
+    assert not [word for child in plan for word in child.arguments if "hush" in word]
+
+
+async def test_a_child_finds_its_keys_in_its_environment() -> None:
+    launcher = Launcher(ServeConfig())
+    await launcher._start(Child("gateway", ["gateway", "--model=nowhere"], ("hush", "hush2")))
+    [child] = launcher._running.values()
+    about = Path(f"/proc/{child.pid}")
+    assert b"BATON_API_KEYS=hush\nhush2" in (about / "environ").read_bytes().split(b"\0")
+    assert b"hush" not in (about / "cmdline").read_bytes()
+    await launcher._stop_all()
+
+
+async def test_a_bad_start_is_told_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The gateway and both workers hit upon it, and the launcher adds nothing."""
+    missing = str(tmp_path / "missing")
+    assert await Launcher(ServeConfig(model=missing)).serve(asyncio.Event()) == EXIT_START
+    [line] = capfd.readouterr().err.splitlines()
+    assert line == f"baton: model {missing}: no such directory"

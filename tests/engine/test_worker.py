@@ -124,7 +124,7 @@ async def test_what_fails_while_it_loads_is_told(monkeypatch: pytest.MonkeyPatch
 
 
 async def test_cores_that_are_not_there() -> None:
-    with pytest.raises(StartError, match="--pin: 99999 is not one of 0"):
+    with pytest.raises(StartError, match="--pin: 99999 is not one of"):
         await worker.serve(WorkerConfig(pin=(99999,)), asyncio.Event(), _no_room)
 
 
@@ -148,7 +148,7 @@ async def test_one_gateway_that_refuses_leaves_the_others(
 
 async def test_the_only_gateway_refuses(caplog: pytest.LogCaptureFixture) -> None:
     """The error is the one line that tells it."""
-    with pytest.raises(StartError, match="^no refuses this worker: a misfit$"):
+    with pytest.raises(StartError, match=r"^no refuses this worker: a misfit$"):
         await Worker(join=("no",)).live()
     assert caplog.records == []
 

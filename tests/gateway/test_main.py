@@ -46,6 +46,14 @@ class Process:
         sequencer = FakeSequencer(then(says("abc"), self.gate, after=1))
         self.pools.gateway = make_gateway(tmp_path, sequencer, pools=self.pools)
         monkeypatch.setattr(main, "build", lambda *_: (self.pools.gateway, self.pools))
+        self.http_ended = asyncio.Event()
+        http_serve = main._Uvicorn.serve
+
+        async def serve(server: main._Uvicorn, sockets: list[socket.socket]) -> None:
+            await http_serve(server, sockets)
+            self.http_ended.set()
+
+        monkeypatch.setattr(main._Uvicorn, "serve", serve)
         self.http, grpc_port = free_ports(2)
         self.address = f"127.0.0.1:{grpc_port}"
         config = GatewayConfig(port=self.http, grpc_port=grpc_port, shutdown_timeout=1000.0)
@@ -78,7 +86,7 @@ def free_ports(count: int) -> list[int]:
 
 
 async def test_told_to_stop_it_completes_grpc_answers(process: Process) -> None:
-    """HTTP is down long before, and a health watcher, whose call has no end, holds nothing up."""
+    """HTTP is down before, and a health watcher, whose call has no end, holds nothing up."""
     async with grpc.aio.insecure_channel(process.address) as channel:
         watching = channel.unary_stream("/grpc.health.v1.Health/Watch")(
             health_pb2.HealthCheckRequest().SerializeToString(), wait_for_ready=True
@@ -92,7 +100,8 @@ async def test_told_to_stop_it_completes_grpc_answers(process: Process) -> None:
         first = wire.GenerateResponse.FromString(await anext(answer))
         assert first.choices[0].text == "a"
         process.stopping.set()
-        while await process.answers_http():
+        await process.http_ended.wait()
+        for _ in range(20):  # turns of the loop in which the pools could be closed too early
             await asyncio.sleep(0)
         process.gate.set()
         rest = [wire.GenerateResponse.FromString(data) async for data in answer]
