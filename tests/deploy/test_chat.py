@@ -92,6 +92,15 @@ class Terminal:
     def interrupt(self) -> None:
         self._child.send_signal(signal.SIGINT)
 
+    async def interrupt_until(self, shown: str) -> None:
+        """Again and again: a signal between the prompt and the read is only seen after the read."""
+        assert self._child.stdout is not None
+        seen = asyncio.create_task(self.until(shown))
+        while not seen.done():
+            self.interrupt()
+            await asyncio.wait((seen,), timeout=0.5)
+        await seen
+
     async def end(self) -> tuple[int, str]:
         """Ends its input. The exit status, and what is on stderr."""
         assert self._child.stdin is not None
@@ -110,8 +119,7 @@ class Terminal:
 async def test_ctrl_c_at_the_prompt_leaves(server: Server) -> None:
     terminal = await Terminal.open(await server.start())
     await terminal.until("> ")
-    terminal.interrupt()
-    await terminal.until("\n")
+    await terminal.interrupt_until("\n")
     assert await terminal.end() == (130, "")
 
 

@@ -123,7 +123,7 @@ def test_a_dead_worker_is_started_again(start: Start, ports: list[str]) -> None:
     first = incarnation()
     for pid in children_of(launcher.pid):
         command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if b"decode-0" in command:
+        if b"--name=decode-0" in command:
             os.kill(pid, signal.SIGKILL)
     wait_until(lambda: incarnation() not in ("", first), "another incarnation")
     assert "decode-0 ended with status -9" in launcher.stderr
