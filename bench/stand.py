@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import aiohttp
 
-from cluster.config import GatewayConfig, WorkerConfig, flags
+from cluster.config import GatewayConfig, WorkerConfig, child_environment, flags
 from cluster.errors import StartError
 from cluster.messages import BOTH, DECODE, PREFILL
 
@@ -102,6 +102,7 @@ async def _start(arguments: list[str]) -> asyncio.subprocess.Process:
         *arguments,
         "--die-with",
         str(os.getpid()),
+        env=child_environment(),
         stdin=asyncio.subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for us: we end the children in order
     )

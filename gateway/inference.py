@@ -26,7 +26,7 @@ from gateway import validate
 from gateway.ask import Ask
 from gateway.gateway import Gateway
 from gateway.pools import Pools
-from gateway.stream import Answer, Delta, Emit
+from gateway.stream import Answer, Delta, Emit, within
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +116,9 @@ class InferenceService:
         kind, fields = to_fields(data, allow_unknown=gateway.limits.allow_unknown_fields)
         validator = validate.chat if kind == "chat" else validate.completion
         ask = validator(fields, gateway.limits, gateway.defaults)
-        answer = await Answer.prepare(gateway, ask, tenant, arrived)
-        await answer.run(emit(ask), timeout)
+        async with within(timeout):
+            answer = await Answer.prepare(gateway, ask, tenant, arrived)
+            await answer.run(emit(ask))
         return ask, answer
 
     async def _served(

@@ -10,12 +10,12 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from cluster.errors import Cancelled, DeadlineExceeded
+from cluster.errors import Cancelled
 from gateway.ask import Ask
 from gateway.gateway import Gateway
 from gateway.keys import Tenant
 from gateway.shapes import DONE, error_event, shape_of
-from gateway.stream import Answer, Delta, children
+from gateway.stream import Answer, Delta, children, within
 
 LAST_WORD_S = 10.0
 """How long a reader that has stopped reading may hold up the end of its own response."""
@@ -129,18 +129,6 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
         watcher = tasks.create_task(watch())
         yield
         watcher.cancel()
-
-
-@asynccontextmanager
-async def within(seconds: float) -> AsyncIterator[None]:
-    """Raises DeadlineExceeded when the block takes longer."""
-    try:
-        async with asyncio.timeout(seconds) as limit:
-            yield
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        raise DeadlineExceeded("The answer took longer than the time limit.") from None
 
 
 def _body(data: bytes, *, more: bool) -> dict[str, Any]:

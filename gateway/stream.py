@@ -155,22 +155,12 @@ class Answer:
         ]
         return cls(gateway, ask, prompts, echoes, choices, arrived)
 
-    async def run(self, emit: Emit, timeout_s: float | None = None) -> None:
+    async def run(self, emit: Emit) -> None:
         """Call `emit` with what became ready together, until every choice has its finish.
 
         `emit` is awaited before more is fetched, so a slow reader slows only its own call.
-        Raises BatonError after all that came before it was emitted; DeadlineExceeded after
-        `timeout_s`, counted from the call of `run`.
+        Raises BatonError after all that came before it was emitted.
         """
-        try:
-            async with asyncio.timeout(timeout_s) as limit:
-                await self._run(emit)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise DeadlineExceeded("The answer took longer than the time limit.") from None
-
-    async def _run(self, emit: Emit) -> None:
         queue: asyncio.Queue[Delta | Exception] = asyncio.Queue(QUEUED_DELTAS)
         missing = len(self.choices)
         failure: Exception | None = None
@@ -282,6 +272,18 @@ class Answer:
             "prefill_worker": choice.watch.prefill_worker,
             "decode_worker": choice.watch.decode_worker,
         }
+
+
+@asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    """Raises DeadlineExceeded when the block takes longer."""
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise DeadlineExceeded("The answer took longer than the time limit.") from None
 
 
 @asynccontextmanager
