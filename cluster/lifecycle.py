@@ -37,7 +37,7 @@ NEXT_PHASE: Final[dict[Phase, set[Phase]]] = {
     Phase.QUEUED: {Phase.PROMISING, Phase.PREFILLING, *_ENDS},  # no landing for one token or `both`
     Phase.PROMISING: {Phase.PREFILLING, Phase.QUEUED, *_ENDS},  # QUEUED: refused
     Phase.PREFILLING: {Phase.HANDING_OFF, Phase.DECODING, Phase.DONE, Phase.QUEUED, *_ENDS},
-    Phase.HANDING_OFF: {Phase.DECODING, Phase.DONE, *_ENDS},
+    Phase.HANDING_OFF: {Phase.DECODING, *_ENDS},
     Phase.DECODING: {Phase.DONE, *_ENDS},
     Phase.DONE: set(),
     Phase.FAILED: set(),

@@ -174,6 +174,8 @@ class Pools:
     async def _serve(self, member: Member) -> None:
         try:
             await member.session.run()
+        except Exception:  # the top of a task that nobody awaits
+            log.exception("session broke", extra={"worker": member.peer.name})
         finally:
             self.leave(member)
 
@@ -312,10 +314,12 @@ async def serve_membership(
     pools: Pools, messages: AsyncIterator[Hello | Load], name: str
 ) -> AsyncGenerator[str, None]:
     """The Registry's Join for one worker. Raises HandshakeRefused."""
-    async with asyncio.timeout(HELLO_S):
-        hello = await anext(messages)
+    hello: Hello | Load | None = None
+    with suppress(TimeoutError, StopAsyncIteration):
+        async with asyncio.timeout(HELLO_S):
+            hello = await anext(messages)
     if not isinstance(hello, Hello):
-        raise HandshakeRefused("the first message must be a Hello")
+        raise HandshakeRefused(f"the first message must be a Hello, within {HELLO_S:g} s")
     member = pools.join(hello)
     try:
         yield name
@@ -325,5 +329,4 @@ async def serve_membership(
             if member.session.lost:
                 return
     finally:
-        with suppress(asyncio.CancelledError):
-            pools.leave(member)
+        pools.leave(member)

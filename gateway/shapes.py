@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
 
 
-class Shape:
+class Shape(ABC):
     """One call's answer in one of the two shapes. Keeps what one chunk must know of others."""
 
     id_prefix: ClassVar[str]
@@ -45,9 +46,9 @@ class Shape:
         self._counts: dict[int, int] = {}
         self._prompts_shown: set[int] = set()
 
+    @abstractmethod
     def events(self, delta: Delta, metrics: Mapping[str, Any] | None = None) -> str:
         """The SSE events of one Delta: none, one, or a role chunk and one."""
-        raise NotImplementedError
 
     def usage_event(self, usage: Usage, metrics: Mapping[str, Any] | None) -> str:
         """The last chunk, without choices."""
@@ -73,11 +74,13 @@ class Shape:
             body["metrics"] = metrics
         return _dumps(body).encode()
 
+    @abstractmethod
     def _choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
-        raise NotImplementedError
+        """One choice of the answer that is not streamed."""
 
+    @abstractmethod
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
-        raise NotImplementedError
+        """The log-probabilities of one Delta's tokens, if they were asked for."""
 
     def _event(self, delta: Delta, content: str, metrics: Mapping[str, Any] | None) -> str:
         """One chunk with one choice; `content` is the JSON of its delta or text."""

@@ -19,7 +19,7 @@ from cluster.messages import (
     Request,
     Sampling,
 )
-from gateway.pools import Pools, Route, serve_membership
+from gateway.pools import HELLO_S, Pools, Route, serve_membership
 from gateway.session import Mailbox
 from tests.gateway.scripted import Scripted, hello
 from tests.virtual import clock, on_virtual_time
@@ -264,9 +264,11 @@ async def test_a_membership_begins_with_a_hello_and_soon() -> None:
     beats.queue.put_nowait(Load(1))
     with pytest.raises(HandshakeRefused):
         await _serve(cluster.pools, beats)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(HandshakeRefused):
         await _serve(cluster.pools, Beats())
-    assert clock() == pytest.approx(5.0)
+    assert clock() == pytest.approx(HELLO_S)
+    with pytest.raises(HandshakeRefused):
+        await anext(serve_membership(cluster.pools, _nothing(), "gw"))
 
 
 @on_virtual_time
@@ -293,3 +295,8 @@ async def test_closing_leaves_nobody() -> None:
     await cluster.pools.close()
     assert cluster.pools.members == []
     assert all(member.session.lost for member in members)
+
+
+async def _nothing() -> AsyncIterator[Hello | Load]:
+    for message in ():
+        yield message
