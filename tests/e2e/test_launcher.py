@@ -97,7 +97,8 @@ def test_a_second_interrupt_forces(start: Start, ports: list[str]) -> None:
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     launcher.signal(signal.SIGINT)
-    wait_until(lambda: all(map(asked_to_end, pids)), "the first one to be passed on")
+    # One will do: a thread that was just stopping may have taken its signal off the list already.
+    wait_until(lambda: any(map(asked_to_end, pids)), "the first one to be passed on")
     launcher.signal(signal.SIGINT)
     launcher.wait(2)
     wait_until(lambda: all_dead(pids), "no child left", 2)
@@ -141,9 +142,8 @@ def bad_start(process: Process, seconds: float = BAD_START_S) -> str:
     assert process.wait() not in (0, 1)
     assert all_dead(list(children))
     assert process.stdout == ""
-    lines = process.stderr.splitlines()
-    assert all(line.startswith("baton: ") for line in lines), process.stderr
-    [why] = {line for line in lines if "before it was ready" not in line}
+    [why] = process.stderr.splitlines()
+    assert why.startswith("baton: ")
     return why
 
 
