@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -27,9 +26,9 @@ import aiohttp
 from cluster.config import GatewayConfig, WorkerConfig, child_environment, flags
 from cluster.errors import StartError
 from cluster.messages import BOTH, DECODE, PREFILL
+from deploy.launcher import end_all
 
 START_S: Final = 120.0
-STOP_S: Final = 4.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ async def running(mode: Mode, chunk: int, base: WorkerConfig) -> AsyncIterator[s
         await _until_ready(url, len(mode.seats), children)
         yield url
     finally:
-        await _stop(children)
+        await end_all(children)
 
 
 async def _start(arguments: list[str]) -> asyncio.subprocess.Process:
@@ -129,22 +128,6 @@ async def _status(client: aiohttp.ClientSession, url: str) -> Mapping[str, Any]:
             if response.status == 200:
                 return dict(await response.json())
     return {}
-
-
-async def _stop(children: Sequence[asyncio.subprocess.Process]) -> None:
-    """SIGTERM to all; SIGKILL to whoever is left after STOP_S. Nothing may outlive its mode."""
-    living = [child for child in children if child.returncode is None]
-    for child in living:
-        child.send_signal(signal.SIGTERM)
-    try:
-        async with asyncio.timeout(STOP_S):
-            for child in living:
-                await child.wait()
-    except TimeoutError:
-        for child in living:
-            if child.returncode is None:
-                child.kill()
-                await child.wait()
 
 
 def _free_ports(count: int) -> list[int]:

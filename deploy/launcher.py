@@ -11,7 +11,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,7 +122,7 @@ class Launcher:
         finally:
             for task in tasks:
                 task.cancel()
-            await self._stop_all()
+            await end_all(self._running.values())
             os.close(word)
 
     async def _start(self, child: Child, word: int = 0) -> None:
@@ -191,20 +191,21 @@ class Launcher:
         print(f"Baton is ready: {self._url}  pools: {' + '.join(pools)}  model: {model}")
         print(f"Ask it: baton chat --url {self._url} 'What is a landing?'", flush=True)
 
-    async def _stop_all(self) -> None:
-        """SIGTERM to all; SIGKILL to whoever is left after STOP_S."""
-        living = [child for child in self._running.values() if child.returncode is None]
-        for child in living:
-            child.send_signal(signal.SIGTERM)
-        try:
-            async with asyncio.timeout(STOP_S):
-                for child in living:
-                    await child.wait()
-        except TimeoutError:
+
+async def end_all(children: Iterable[asyncio.subprocess.Process]) -> None:
+    """SIGTERM to all; SIGKILL to whoever is left after STOP_S. None lives on."""
+    living = [child for child in children if child.returncode is None]
+    for child in living:
+        child.send_signal(signal.SIGTERM)
+    try:
+        async with asyncio.timeout(STOP_S):
             for child in living:
-                if child.returncode is None:
-                    child.kill()
-                    await child.wait()
+                await child.wait()
+    except TimeoutError:
+        for child in living:
+            if child.returncode is None:
+                child.kill()
+                await child.wait()
 
 
 def _start_word() -> int:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
@@ -183,8 +184,9 @@ class Sequencer:
         relay = Relay(request, watch)
         self.running += 1
         try:
-            async for token in self._carry(relay):
-                yield token
+            async with aclosing(self._carry(relay)) as tokens:
+                async for token in tokens:
+                    yield token
             relay.to(Phase.DONE)
         except BatonError:
             relay.to(Phase.FAILED)
@@ -195,7 +197,7 @@ class Sequencer:
                 relay.to(Phase.CANCELLED)
             relay.release()
 
-    async def _carry(self, relay: Relay) -> AsyncIterator[Token]:
+    async def _carry(self, relay: Relay) -> AsyncGenerator[Token, None]:
         """First token from whoever prefills, the others from whoever decodes."""
         self.waiting += 1
         try:

@@ -82,10 +82,9 @@ class PrefillStage:
         self._chunk_bytes = chunk_bytes
         self._clock = clock
         self._queue = PromptQueue(allocator)
-        self._live: dict[
-            tuple[str, int], Sequence
-        ] = {}  # every sequence that holds or wants blocks
-        self._landings: dict[tuple[str, int], Landing] = {}  # of those with a hold for the sender
+        # Every sequence that holds or wants blocks; of those, who has a hold for the sender.
+        self._live: dict[tuple[str, int], Sequence] = {}
+        self._landings: dict[tuple[str, int], Landing] = {}
         self._mail: list[tuple[int, Event]] = []
         self._draining = False
         self._failures: Counter[str] = Counter()  # handoffs, by what ended them

@@ -8,7 +8,7 @@ import pytest
 from cluster.config import GatewayConfig, ServeConfig, WorkerConfig, load
 from cluster.errors import StartError
 from cluster.process import EXIT_START
-from deploy.launcher import Child, Launcher, children, main
+from deploy.launcher import Child, Launcher, children, end_all, main
 
 
 def started(*argv: str) -> dict[str, list[str]]:
@@ -58,7 +58,7 @@ async def test_a_child_finds_its_keys_in_its_environment() -> None:
     about = Path(f"/proc/{child.pid}")
     assert b"BATON_API_KEYS=hush\nhush2" in (about / "environ").read_bytes().split(b"\0")
     assert b"hush" not in (about / "cmdline").read_bytes()
-    await launcher._stop_all()
+    await end_all([child])
 
 
 async def test_a_bad_start_is_told_in_one_line(
