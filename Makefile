@@ -32,7 +32,7 @@ proto:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard engine/native/*.cpp engine/native/*.h) | $(VENV)/bin/python
 	@echo 'Installing into $(VENV), this once ...'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	@touch $@

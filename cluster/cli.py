@@ -17,11 +17,16 @@ COMMANDS = {
     "chat": ("deploy.chat", "talk to a running cluster in the terminal"),
     "status": ("deploy.status", "pools, peers, load and free blocks of a running cluster"),
     "bench serve": ("bench.serve", "load any OpenAI-compatible server and measure it"),
+    "bench transfer": ("bench.transfer", "KV between workers: GB/s, checks, exposed time"),
+    "bench gateway": ("bench.gateway", "streaming through the gateway beside a bare server"),
+    "bench cpu": ("bench.cpu", "prefill and decode on the CPU beside other engines"),
+    "bench accuracy": ("bench.accuracy", "logits and perplexity of each precision"),
+    "bench linear": ("bench.linear", "matrix products on the CPU beside torch and the limits"),
     "bench compare": ("bench.compare", "divided against undivided on the same cores"),
 }
 
 USAGE = "usage: baton COMMAND [MODEL] [--flag value ...]\n\n" + "\n".join(
-    f"  {name:<15}{about}" for name, (_, about) in COMMANDS.items()
+    f"  {name:<16}{about}" for name, (_, about) in COMMANDS.items()
 )
 
 

@@ -112,6 +112,12 @@ class GatewayConfig(Common):
         600.0, "seconds a request may take altogether", minimum=0.001, maximum=LONGEST_S
     )
     allow_unknown_fields: bool = option(False, "ignore request fields we do not know")
+    listen: tuple[int, ...] = option(
+        (), "inherited sockets: of the port shared with siblings, and of an own one", hidden=True
+    )
+    sibling: tuple[str, ...] = option(
+        (), "own addresses of all gateways on the shared port, this one's too", hidden=True
+    )
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,20 @@ class WorkerOptions(Common):
     """What all workers of a launch share."""
 
     dtype: str = option("auto", "auto, float32, float16 or bfloat16", choices=("auto", *DTYPES))
+    kernels: str = option(
+        "auto",
+        "auto, torch, native (C++ on the CPU) or triton (CUDA); auto takes the fastest",
+        choices=("auto", "torch", "native", "triton"),
+    )
+    quantization: str = option(
+        "none", "none, or int8 weights on the CPU, made at load", choices=("none", "int8")
+    )
+    device: str = option("cpu", "cpu, cuda or cuda:1 and so on")
+    peak_tflops: float = option(0.0, "matrix rate of the device, for MFU; 0 measures it at start")
+    peak_gbps: float = option(0.0, "memory rate of the device, for MBU; 0 measures it at start")
+    enforce_eager: bool = option(False, "no CUDA graphs")
+    profile: str = option("", "directory for a trace of some steps (Perfetto, chrome://tracing)")
+    profile_steps: int = option(50, "how many steps --profile traces", minimum=1)
     load_format: str = option(
         "auto",
         "auto, or dummy for random weights of the model's shape",
@@ -169,6 +189,12 @@ class ServeConfig(WorkerOptions, GatewayConfig):
     prefill: int = option(1, "prefill workers")
     decode: int = option(1, "decode workers")
     both: int = option(0, "undivided workers")
+    gateways: int = option(
+        1,
+        "gateway processes on --port; the second has gRPC on --grpc-port + 1, and so on",
+        minimum=1,
+        maximum=64,
+    )
     decode_block_size: int = option(0, "KV block size of decode workers, where it differs")
     start_timeout: float = option(
         600.0, "seconds until everything must be ready", minimum=1, maximum=LONGEST_S

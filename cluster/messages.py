@@ -90,6 +90,12 @@ class KVLayout:
     def layers(self) -> int:
         return sum(group.layers for group in self.groups)
 
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        itemsize = 4 if self.dtype == "float32" else 2
+        return sum(2 * g.layers * g.kv_heads * g.head_dim * itemsize for g in self.groups)
+
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:

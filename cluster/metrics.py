@@ -10,13 +10,19 @@ names with `baton_` are our own. A worker writes the keys of `Load.counters` wit
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from cluster.messages import Load
@@ -38,6 +44,31 @@ FRAMES_REJECTED: Final = "baton_frames_rejected"  # label reason
 BAD_FRAMES: Final = "baton_bad_frames"  # label reason
 LINKS_ENDED: Final = "baton_links_ended"  # label reason
 ANSWERS_UNDELIVERED: Final = "baton_answers_undelivered"
+
+# What a worker sends in the same way but is no counter.
+MFU: Final = "baton_mfu_ratio"
+MBU: Final = "baton_mbu_ratio"
+START_SECONDS: Final = "baton_worker_start_seconds"  # label phase
+PEAK_RESIDENT_BYTES: Final = "baton_worker_peak_resident_bytes"
+STEP_OVERHEAD: Final = "baton_step_overhead_seconds_bucket"  # label le
+STEP_OVERHEAD_SUM: Final = "baton_step_overhead_seconds_sum"
+
+OVERHEAD_BUCKETS: Final = (
+    *(0.00005, 0.0001, 0.0002, 0.0003, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.03, 0.1),
+)
+
+_WORKER_GAUGES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
+    MFU: (
+        "Share of the device's matrix rate that steps used, while they ran; the last seconds.",
+        (),
+    ),
+    MBU: ("Share of the device's memory rate that steps used, likewise.", ()),
+    START_SECONDS: (
+        "How long the worker took to start: until it was imported, loaded and ready.",
+        ("phase",),
+    ),
+    PEAK_RESIDENT_BYTES: ("The most memory that the worker's process has had resident.", ()),
+}
 
 _WORKER_COUNTERS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     PREEMPTIONS: ("Running sequences evicted to be computed again later.", ()),
@@ -101,6 +132,8 @@ PHASE_BUCKETS: Final = (
 )
 CHOICE_BUCKETS: Final = (1, 2, 5, 10, 20)
 
+_OVERHEAD: Final = STEP_OVERHEAD.removesuffix("_bucket")
+
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 _METHODS: Final = frozenset({"GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"})
@@ -122,6 +155,11 @@ def length_buckets(longest: int) -> tuple[int, ...]:
     """1, 2, 5, 10, 20, 50 ... as far as `longest` tokens."""
     series = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
     return tuple(value for value in series if value <= longest) or (1,)
+
+
+def bound(value: float) -> str:
+    """The upper bound of a histogram's bucket, as Prometheus writes it."""
+    return "+Inf" if value == math.inf else str(value)
 
 
 def labelled(name: str, **label: str) -> str:
@@ -370,12 +408,16 @@ class _Workers(Collector):
         yield from (running, waiting, usage, info, queued, held)
 
     def _counters(self, views: list[WorkerView]) -> Iterator[Metric]:
-        own_labels = {name: labels for name, (_, labels) in _WORKER_COUNTERS.items()}
-        texts = {name: text for name, (text, _) in _WORKER_COUNTERS.items()}
-        families: dict[str, CounterMetricFamily] = {}
+        """What Loads carry besides their fields: counters, gauges, and one histogram."""
+        known = _WORKER_COUNTERS | _WORKER_GAUGES
+        own_labels = {name: labels for name, (_, labels) in known.items()}
+        texts = {name: text for name, (text, _) in known.items()}
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
         samples: list[tuple[str, tuple[str, ...], float]] = []
         for view in views:
             for key, value in view.load.counters:
+                if key.startswith(_OVERHEAD):
+                    continue
                 split = _split(key)
                 if split is None:
                     continue
@@ -385,7 +427,8 @@ class _Workers(Collector):
                     who = (self._model, view.role, view.name, *own.values())
                     samples.append((name, who, value))
         for name, labels in own_labels.items():
-            families[name] = CounterMetricFamily(
+            family = GaugeMetricFamily if name in _WORKER_GAUGES else CounterMetricFamily
+            families[name] = family(
                 name,
                 texts.get(name, "Counted by a worker."),
                 labels=("model_name", "role", "worker", *labels),
@@ -393,6 +436,23 @@ class _Workers(Collector):
         for name, who, value in samples:
             families[name].add_metric(who, value)
         yield from families.values()
+        yield self._overhead(views)
+
+    def _overhead(self, views: list[WorkerView]) -> Metric:
+        family = HistogramMetricFamily(
+            _OVERHEAD,
+            "What a step took on the host beside the model's forward.",
+            labels=("model_name", "role", "worker"),
+        )
+        for view in views:
+            sent = dict(view.load.counters)
+            names = [bound(value) for value in (*OVERHEAD_BUCKETS, math.inf)]
+            buckets = [(name, sent.get(labelled(STEP_OVERHEAD, le=name))) for name in names]
+            counts = [(name, count) for name, count in buckets if count is not None]
+            if counts:
+                who = (self._model, view.role, view.name)
+                family.add_metric(who, counts, sent.get(STEP_OVERHEAD_SUM, 0.0))
+        return family
 
 
 def _split(key: str) -> tuple[str, dict[str, str]] | None:
@@ -405,6 +465,6 @@ def _split(key: str) -> tuple[str, dict[str, str]] | None:
         return None
     name, label, value = match.groups()
     name = name.removesuffix("_total")
-    if name not in _WORKER_COUNTERS:
+    if name not in _WORKER_COUNTERS and name not in _WORKER_GAUGES:
         name = f"baton_worker_{name.replace(':', '_').removeprefix('baton_')}"
     return name, {label: value} if label else {}

@@ -1,17 +1,20 @@
-"""Attention of single tokens over their paged contexts, all sequences at once, in plain torch."""
+"""Attention of a decode worker's step: single tokens over their paged contexts, then chunks."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from engine.batch import Batch
 from engine.cache import KVCache
-from prefill.attention import PrefillAttention
+from engine.layers.attention import Write
+from prefill.attention import Kernel, MakeAttend, PrefillAttention, prompts_kernel
 
 
 class DecodeAttention:
-    """The `attend` of a step of a decode worker: one-row segments first, prompt chunks after.
+    """The `attend` of a step of a decode worker, in plain torch.
 
     The one-row segments are padded to the longest context; chunks go the prefill way.
     """
@@ -21,28 +24,25 @@ class DecodeAttention:
         self._batch = batch
         self._windows = windows
         self._chunks = PrefillAttention(cache, batch, windows)
-        singles = batch.segments[: batch.single]
-        self._longest = max((segment.context for segment in singles), default=0)
-        self._contexts = torch.tensor([segment.context for segment in singles])
-        self._slots = torch.zeros(len(singles), self._longest, dtype=torch.int64)
-        for row, segment in zip(self._slots, singles, strict=True):
-            row[: segment.context] = segment.slots
-            # The mask gives padding no weight, but a NaN spreads even so: never another's.
-            row[segment.context :] = segment.slots[0]
+        self._contexts = batch.contexts[: batch.single]
+        self._longest = max(batch.lengths[: batch.single], default=0)
+        # The mask gives padding no weight, but a NaN spreads even so: never another's.
+        column = torch.arange(self._longest)[None, :].expand(batch.single, -1)
+        column = column.where(column < self._contexts[:, None], 0)
+        blocks = batch.block_table[: batch.single].long().gather(1, column // cache.block_size)
+        self._slots = blocks * cache.block_size + column % cache.block_size
         self._masks: dict[int, torch.Tensor] = {}
 
-    def __call__(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        """q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim] -> like q."""
-        self._cache.write(layer, self._batch.slots, k, v)
+    def __call__(self, layer: int, write: Write) -> torch.Tensor:
+        """-> [rows, heads, head_dim]"""
+        q = write(self._cache.keys(layer), self._cache.values(layer), self._batch.slots)
         out = torch.empty_like(q)
         single = self._batch.single
         if single:
             out[:single] = self._attend_singles(layer, q[:single])
-        for number, segment in enumerate(self._batch.segments[single:]):
-            rows = segment.rows
-            out[rows] = self._chunks.attend_segment(layer, number, segment, q[rows])
+        for segment in range(single, len(self._batch.counts)):
+            rows = self._batch.rows_of(segment)
+            out[rows] = self._chunks.attend_segment(layer, segment, q[rows])
         return out
 
     def _attend_singles(self, layer: int, q: torch.Tensor) -> torch.Tensor:
@@ -68,3 +68,63 @@ class DecodeAttention:
                 mask &= column >= context - window
             self._masks[window] = mask[:, None, None, :]
         return self._masks[window]
+
+
+class FusedDecodeAttention:
+    """The same by at most two kernel calls for each layer: the singles, then all chunks."""
+
+    def __init__(
+        self,
+        singles: Kernel,
+        prompts: Kernel,
+        cache: KVCache,
+        batch: Batch,
+        windows: tuple[int, ...],
+    ) -> None:
+        self._singles = singles
+        self._prompts = prompts
+        self._cache = cache
+        self._batch = batch
+        self._windows = windows
+        self._starts = batch.starts[batch.single :] - batch.single
+        self._longest = max(batch.counts[batch.single :], default=0)
+
+    def __call__(self, layer: int, write: Write) -> torch.Tensor:
+        """-> [rows, heads, head_dim]"""
+        cache, batch, single = self._cache, self._batch, self._batch.single
+        pages = cache.keys(layer), cache.values(layer)
+        q = write(*pages, batch.slots)
+        about = cache.block_size, self._windows[layer], q.shape[2] ** -0.5
+        parts = []
+        if single:
+            table = batch.block_table[:single]
+            parts.append(self._singles(q[:single], *pages, batch.contexts[:single], table, *about))
+        if self._longest:
+            contexts, table = batch.contexts[single:], batch.block_table[single:]
+            parts.append(
+                self._prompts(
+                    q[single:], *pages, self._starts, contexts, table, *about, self._longest
+                )
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def make_attend(kernels: str) -> MakeAttend:
+    """The attention of a decode worker that goes with its Ops."""
+    if kernels == "torch":
+        return DecodeAttention
+    make_singles, prompts = _singles(kernels), prompts_kernel(kernels)
+    return lambda cache, batch, windows: FusedDecodeAttention(
+        make_singles(), prompts, cache, batch, windows
+    )
+
+
+def _singles(kernels: str) -> Callable[[], Kernel]:
+    """Makes, for one step, the `attend_singles` of these kernels."""
+    if kernels == "native":
+        from engine.native.attention import attend_singles
+
+        return lambda: attend_singles
+    from decode.kernels.step import PlannedSingles
+
+    return PlannedSingles

@@ -12,11 +12,15 @@ from cluster.clock import monotonic
 from cluster.config import WorkerConfig
 from cluster.errors import BatonError
 from cluster.messages import BOTH, Request
+from decode.attention import make_attend
 from decode.stage import DecodeStage
 from engine import worker
+from engine.batch import Batch
+from engine.layers.attention import Attend
 from engine.worker import Parts
 from kvtransfer.landing import Landings
 from kvtransfer.receiver import Receiver
+from kvtransfer.shared_memory import SharedMemoryHost
 from kvtransfer.zeromq import ZmqHost
 
 
@@ -47,19 +51,25 @@ class DecodeRoom:
             config.credit_bytes,
         )
         self._host = ZmqHost(self._context, receiver)
+        self._near = SharedMemoryHost(receiver)
         landings = NoLandings if config.role == BOTH else Landings
         if config.role != BOTH:
             self._host.start(f"tcp://{config.host}:{config.data_port or '*'}")
+            self._near.start(parts.hello.peer)
         self.stage = DecodeStage(
             parts.cache,
             parts.pool,
             parts.allocator,
             parts.windows,
             landings(parts.pool, parts.cache, parts.hello.peer, self._host.address, config.lease),
+            make_attend(parts.kernels),
             budget=config.max_num_batched_tokens,
             max_sequences=config.max_num_seqs,
             clock=monotonic,
         )
+
+    def attention(self, batch: Batch) -> Attend:
+        return self.stage.attention(batch)
 
     def open(self) -> str:
         return self._host.address
@@ -71,5 +81,6 @@ class DecodeRoom:
         return self._host.metrics()
 
     def close(self) -> None:
+        self._near.close()
         self._host.close()
         self._context.destroy(linger=0)

@@ -32,14 +32,15 @@ from cluster.orders import Drain, Ordered, SessionClosed, Tick
 from decode import scheduler
 from decode.attention import DecodeAttention
 from engine.allocator import Allocator
-from engine.batch import Batch, Plan
+from engine.batch import Attention, Batch, Plan
 from engine.blocks import BlockPool
 from engine.cache import KVCache
-from engine.models.decoder import Attend
+from engine.layers.attention import Attend
 from engine.sampler import Sampled
 from engine.sequence import Sequence
 from kvtransfer.landing import Landings, Site
 from kvtransfer.receiver import Arrived
+from prefill.attention import MakeAttend
 from prefill.queue import PromptQueue
 
 
@@ -62,6 +63,7 @@ class DecodeStage:
         allocator: Allocator,
         windows: tuple[int, ...],
         landings: Landings,
+        make_attend: MakeAttend = DecodeAttention,
         *,
         budget: int,
         max_sequences: int,
@@ -72,6 +74,7 @@ class DecodeStage:
         self._allocator = allocator
         self._windows = windows
         self._landings = landings
+        self._make_attend = make_attend
         self._budget = budget
         self._max_sequences = max_sequences
         self._clock = clock
@@ -196,7 +199,7 @@ class DecodeStage:
         taken = len(self._running) + len(self._queue.prefilling) + len(self._landings)
         self._queue.admit(self._spare, self._max_sequences - taken)
         plan = scheduler.plan(
-            self._running,
+            [sequence for sequence in self._running if not sequence.full],
             self._queue.prefilling,
             self._pool.available,
             self._pool.block_size,
@@ -216,9 +219,11 @@ class DecodeStage:
         for chunk in plan.chunks:
             self._allocator.grow(chunk.sequence, chunk.sequence.computed + chunk.count)
 
-    def batch(self, plan: Plan) -> tuple[Batch, Attend]:
-        batch = Batch.of(plan, self._cache)
-        return batch, DecodeAttention(self._cache, batch, self._windows)
+    def batch(self, plan: Plan) -> tuple[Batch, Attention]:
+        return Batch.of(plan, self._cache), self.attention
+
+    def attention(self, batch: Batch) -> Attend:
+        return self._make_attend(self._cache, batch, self._windows)
 
     def accept(self, plan: Plan, sampled: list[Sampled | None]) -> None:
         self._steps += 1
@@ -226,17 +231,18 @@ class DecodeStage:
         tokens = iter(sampled)
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            samples = chunk.samples
-            sequence.computed += chunk.count
+            token = next(tokens) if chunk.samples else None
+            if sequence.ended:
+                continue  # by the step before, when this one was under way
+            if chunk.samples and token is None:
+                self._fail(sequence)
+                continue
             self._allocator.publish(sequence)
-            if samples:
-                self._append(sequence, next(tokens))
+            if token is not None:
+                self._append(sequence, token)
 
-    def _append(self, sequence: Sequence, sampled: Sampled | None) -> None:
+    def _append(self, sequence: Sequence, sampled: Sampled) -> None:
         """Tell the token. Who came through the queue runs from here on; who is finished leaves."""
-        if sampled is None:
-            self._fail(sequence)
-            return
         assert sequence.scheduled is not None
         elapsed = self._clock() - sequence.scheduled
         if "decode_admit" in sequence.spans:
@@ -246,18 +252,22 @@ class DecodeStage:
         token = sequence.take(sampled.token, sampled.logprobs)
         self._mail.append((sequence.session, token))
         if token.finish:
-            self._remove(sequence)
-            self._allocator.free(sequence)
+            self._end(sequence)
         elif sequence in self._queue.prefilling:
             self._queue.remove(sequence)
             insort(self._running, sequence, key=lambda s: s.arrived)
 
     def fail(self, plan: Plan, error: Exception) -> None:
         for chunk in plan.chunks:
-            self._fail(chunk.sequence)
+            if not chunk.sequence.ended:
+                self._fail(chunk.sequence)
 
     def _fail(self, sequence: Sequence) -> None:
         self._tell_failed(sequence.session, *sequence.key, "engine_error")
+        self._end(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        sequence.ended = True
         self._remove(sequence)
         self._allocator.free(sequence)
 
@@ -304,8 +314,7 @@ class DecodeStage:
 
     def _drop(self, unwanted: Callable[[Sequence], bool]) -> None:
         for sequence in [s for s in (*self._running, *self._queue) if unwanted(s)]:
-            self._remove(sequence)
-            self._allocator.free(sequence)
+            self._end(sequence)
 
     def _remove(self, sequence: Sequence) -> None:
         if sequence in self._running:

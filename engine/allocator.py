@@ -48,7 +48,7 @@ class Allocator:
 
     def publish(self, sequence: Sequence) -> None:
         """Make the blocks that are full by now findable for later sequences."""
-        full = sequence.computed // self._pool.block_size
+        full = min(sequence.computed, sequence.known) // self._pool.block_size
         if full <= sequence.published or not self._caching:
             return
         keys = self._keys(sequence, full)
@@ -75,6 +75,6 @@ class Allocator:
         if len(sequence.keys) < count:
             done = len(sequence.keys)
             last = sequence.keys[-1] if done else self._root(sequence.request.salt)
-            full = len(sequence.tokens) // size * size
+            full = sequence.known // size * size
             sequence.keys += block_keys(sequence.tokens[done * size : full], size, last)
         return sequence.keys

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.cache import KVCache
+from engine.layers.attention import Attend
 from engine.sequence import Sequence
 
 
@@ -17,11 +20,10 @@ class Chunk:
 
     sequence: Sequence
     count: int
+    samples: bool = field(init=False)  # it reaches the last token there is: a new one follows
 
-    @property
-    def samples(self) -> bool:
-        """Whether the chunk reaches the sequence's last known token, so that a new one follows."""
-        return self.count == self.sequence.remaining
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", self.count == self.sequence.remaining)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,60 +37,97 @@ class Plan:
     def tokens(self) -> int:
         return sum(chunk.count for chunk in self.chunks)
 
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """One sequence's rows in a batch.
-
-    `slots` [context] are the cache slots of its tokens 0 .. context - 1; its `rows` are the last
-    `count` of those tokens.
-    """
-
-    rows: slice
-    count: int
-    context: int
-    slots: torch.Tensor
+    def launch(self) -> None:
+        """Its step is under way: count its tokens as computed, and the sampled ones as there."""
+        samples = 0
+        for chunk in self.chunks:
+            chunk.sequence.launch(chunk.count, samples if chunk.samples else None)
+            samples += chunk.samples
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A Plan as tensors, all sequences packed one after another without padding."""
+    """A Plan as tensors, all sequences packed one after another without padding.
 
-    tokens: torch.Tensor  # [rows] int64
+    Segment i is one sequence's part: rows `starts[i]` to `starts[i + 1]`, which are the last of its
+    first `contexts[i]` tokens. Their keys and values are in the blocks `block_table[i]`; entries
+    beyond the context say nothing.
+    """
+
+    tokens: torch.Tensor  # [rows] int64; -1 - i: what sample i of the step before will be
     positions: torch.Tensor  # [rows] int64
     slots: torch.Tensor  # [rows] int64: where each row's keys and values go
-    segments: tuple[Segment, ...]
-    single: int  # the first `single` segments have one row each
+    starts: torch.Tensor  # [segments + 1] int32
+    contexts: torch.Tensor  # [segments] int32
+    block_table: torch.Tensor  # [segments, width] int32
     sampled_rows: torch.Tensor  # [samples] int64
     samples: tuple[Sequence, ...]  # whose next token the step yields
+    counts: tuple[int, ...]  # rows of each segment, on the host
+    lengths: tuple[int, ...]  # contexts, on the host
+    single: int  # the first `single` segments have one row each
 
     @classmethod
     def of(cls, plan: Plan, cache: KVCache) -> Batch:
+        sequences = [chunk.sequence for chunk in plan.chunks]
+        counts = np.array([chunk.count for chunk in plan.chunks])
+        computed = np.array([sequence.computed for sequence in sequences])
+        contexts = computed + counts
+        starts = np.zeros(len(counts) + 1, dtype=np.int64)
+        np.cumsum(counts, out=starts[1:])
+        table = _block_table(sequences, contexts, cache.block_size)
+        # A row's place in its segment, then in its sequence, then in the cache.
+        positions = np.arange(starts[-1]) + np.repeat(computed - starts[:-1], counts)
+        segment = np.repeat(np.arange(len(counts)), counts)
+        blocks = table[segment, positions // cache.block_size].astype(np.int64)
+        slots = blocks * cache.block_size + positions % cache.block_size
         tokens: list[int] = []
-        positions: list[np.ndarray] = []
-        segments: list[Segment] = []
-        sampled_rows: list[int] = []
-        samples: list[Sequence] = []
-        single = 0
-        for chunk in plan.chunks:
-            sequence, start = chunk.sequence, chunk.sequence.computed
-            stop = start + chunk.count
-            slots = torch.from_numpy(cache.slots_of(sequence.blocks, 0, stop))
-            segments.append(
-                Segment(slice(len(tokens), len(tokens) + chunk.count), chunk.count, stop, slots)
-            )
-            single += chunk.count == 1 and single == len(segments) - 1
-            tokens += sequence.tokens[start:stop]
-            positions.append(np.arange(start, stop))
-            if chunk.samples:
-                sampled_rows.append(len(tokens) - 1)
-                samples.append(sequence)
+        for sequence, stop in zip(sequences, contexts.tolist(), strict=True):
+            tokens += sequence.tokens[sequence.computed : stop]
+        samples = [number for number, chunk in enumerate(plan.chunks) if chunk.samples]
         return cls(
             tokens=torch.tensor(tokens),
-            positions=torch.from_numpy(np.concatenate(positions)),
-            slots=torch.cat([segment.slots[-segment.count :] for segment in segments]),
-            segments=tuple(segments),
-            single=single,
-            sampled_rows=torch.tensor(sampled_rows, dtype=torch.int64),
-            samples=tuple(samples),
+            positions=torch.from_numpy(positions),
+            slots=torch.from_numpy(slots),
+            starts=torch.from_numpy(starts.astype(np.int32)),
+            contexts=torch.from_numpy(contexts.astype(np.int32)),
+            block_table=torch.from_numpy(table),
+            sampled_rows=torch.from_numpy(starts[1:][samples] - 1),
+            samples=tuple(sequences[number] for number in samples),
+            counts=tuple(counts.tolist()),
+            lengths=tuple(contexts.tolist()),
+            single=_leading_ones(plan),
         )
+
+    def on(self, **tensors: torch.Tensor) -> Batch:
+        """The same with these tensors in place of its own, such as their copies on a device."""
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
+    @property
+    def longest(self) -> int:
+        """The most rows of any segment."""
+        return max(self.counts)
+
+    def rows_of(self, segment: int) -> slice:
+        start = sum(self.counts[:segment])
+        return slice(start, start + self.counts[segment])
+
+
+Attention = Callable[[Batch], Attend]
+"""Makes the attention of a step from its batch, wherever the runner has put its tensors."""
+
+
+def _block_table(
+    sequences: list[Sequence], contexts: npt.NDArray[np.int64], block_size: int
+) -> npt.NDArray[np.int32]:
+    widths = -(-contexts // block_size)
+    table = np.zeros((len(sequences), widths.max()), dtype=np.int32)
+    for row, sequence, width in zip(table, sequences, widths.tolist(), strict=True):
+        row[:width] = sequence.block_numbers()[:width]
+    return table
+
+
+def _leading_ones(plan: Plan) -> int:
+    for number, chunk in enumerate(plan.chunks):
+        if chunk.count != 1:
+            return number
+    return len(plan.chunks)

@@ -86,9 +86,13 @@ class BlockPool:
         """Whether the content that `block` was handed out for is still there."""
         return self.generation(block) == block.generation
 
-    def writable(self, block: Block) -> bool:
-        """Whether the network may write it: still promised, and to nobody else since."""
-        return block.number in self._promised and self.current(block)
+    def writable(self, blocks: Iterable[Block]) -> bool:
+        """Whether the network may write them: still promised, and to nobody else since."""
+        promised, generations = self._promised, self._generations
+        return all(
+            number in promised and generations[number] == generation
+            for number, generation in blocks
+        )
 
     def held_alone(self, blocks: Iterable[Block]) -> int:
         """How many of these owned blocks would become available if one holder let all go."""
@@ -193,7 +197,7 @@ class BlockPool:
         self._free.append(number)
 
     def _leave_promised(self, block: Block) -> None:
-        assert self.writable(block), f"{block} is not promised"
+        assert self.writable([block]), f"{block} is not promised"
         self._promised.remove(block.number)
 
     def _check_owned(self, block: Block) -> None:

@@ -1,10 +1,13 @@
 """The step loop: the only code that touches the device, blocks and sequences. All stages run it.
 
     event loop thread                          step thread
-    gRPC, ZeroMQ  ---- Inbox (orders) ---->    apply, plan, make room, step, accept
+    gRPC, ZeroMQ  ---- Inbox (orders) ---->    apply, plan, make room, launch, accept
                   <--- Outbox (mail)  -----
 
 The two threads share nothing else.
+
+A runner that works on a device of its own may be given a step before the one before it is accepted:
+the device then never waits for us. Orders are taken with nothing under way.
 """
 
 from __future__ import annotations
@@ -12,14 +15,23 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from cluster.clock import Clock, monotonic
 from cluster.messages import Load
-from engine.batch import Batch, Plan
-from engine.models.decoder import Attend
-from engine.sampler import Sampled
+from engine.batch import Attention, Batch, Plan
+from engine.sampler import Sampled, foreseeable
 
 log = logging.getLogger(__name__)
+
+Outcome = Callable[[], list[Sampled | None]]
+"""Waits for a launched step. One entry for each of the batch's samples, None where no token could
+be chosen."""
+
+
+Tell = Callable[[list[Any], Load], None]
+"""Takes a stage's mail and load to the event loop; safe across threads."""
 
 
 class Stop:
@@ -59,8 +71,8 @@ class Stage(Protocol):
     def make_room(self, plan: Plan) -> None:
         """Give every chunk of the plan the blocks that it writes."""
 
-    def batch(self, plan: Plan) -> tuple[Batch, Attend]:
-        """The plan as tensors, and the attention to run it with."""
+    def batch(self, plan: Plan) -> tuple[Batch, Attention]:
+        """The plan as tensors on the host, and what makes the attention to run it with."""
 
     def accept(self, plan: Plan, sampled: list[Sampled | None]) -> None:
         """Account for a finished step: tokens, endings, blocks. None: no token could be chosen."""
@@ -75,40 +87,126 @@ class Stage(Protocol):
         """The state to report."""
 
 
-class Forward(Protocol):
-    def forward(self, batch: Batch, attend: Attend) -> list[Sampled | None]: ...
+class Runner(Protocol):
+    """`ahead`: a step may be launched while the one before it is under way."""
+
+    @property
+    def ahead(self) -> bool: ...
+
+    def launch(self, batch: Batch, attention: Attention) -> Outcome: ...
 
 
-def step(stage: Stage, runner: Forward) -> bool:
-    """One step. False if nothing can run until another order comes."""
-    plan = stage.plan()
-    if not plan.chunks:
-        return False
-    try:
-        stage.make_room(plan)
-        batch, attend = stage.batch(plan)
-        sampled = runner.forward(batch, attend)
-    except Exception as error:
-        log.exception("step failed", extra={"sequences": len(plan.chunks)})
-        stage.fail(plan, error)
-    else:
-        stage.accept(plan, sampled)
-    return True
+class Meter(Protocol):
+    """Is told of each step: what it computed, how long the device took and the step altogether."""
+
+    def step(self, batch: Batch, forward_s: float, whole_s: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step under way."""
+
+    plan: Plan
+    batch: Batch
+    outcome: Outcome
+    host_s: float  # until it was launched
+    launch_s: float  # of that, in the runner
+
+
+class Steps:
+    """Plans, launches and accepts one step after the other. At most two are under way."""
+
+    def __init__(
+        self, stage: Stage, runner: Runner, meter: Meter | None = None, clock: Clock = monotonic
+    ) -> None:
+        self._stage = stage
+        self._runner = runner
+        self._meter = meter
+        self._clock = clock
+        self._flight: _Flight | None = None
+
+    def step(self) -> bool:
+        """One step. False if nothing can run until another order comes."""
+        began = self._clock()
+        plan = self._stage.plan()
+        if self._flight is not None and not _may_follow(plan):
+            self.settle()
+            plan = self._stage.plan()
+        if not plan.chunks:
+            return False
+        try:
+            self._stage.make_room(plan)
+            batch, attention = self._stage.batch(plan)
+            ready = self._clock()
+            outcome = self._runner.launch(batch, attention)
+        except Exception as error:
+            self.settle()
+            self._fail(plan, error)
+            return True
+        plan.launch()
+        now = self._clock()
+        before, self._flight = self._flight, _Flight(plan, batch, outcome, now - began, now - ready)
+        if before is not None:
+            self._land(before)
+        if not self._runner.ahead:
+            self.settle()
+        return True
+
+    def settle(self) -> None:
+        """Wait for the step that is under way, if any."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            self._land(flight)
+
+    def _land(self, flight: _Flight) -> None:
+        began = self._clock()
+        try:
+            sampled = flight.outcome()
+        except Exception as error:
+            self._fail(flight.plan, error)
+            return
+        waited = self._clock() - began
+        self._stage.accept(flight.plan, sampled)
+        if self._meter is not None:
+            whole = flight.host_s + self._clock() - began
+            # Launching for another device is our work; computing in the call is not.
+            forward = waited if self._runner.ahead else waited + flight.launch_s
+            self._meter.step(flight.batch, forward, whole)
+
+    def _fail(self, plan: Plan, error: Exception) -> None:
+        log.error("step failed", exc_info=error, extra={"sequences": len(plan.chunks)})
+        self._stage.fail(plan, error)
+
+
+def _may_follow(plan: Plan) -> bool:
+    """Whether it can be launched before the tokens of the step before it are known: one more token
+    for sequences that had one, each chosen without a look at what came before."""
+    return (
+        bool(plan.chunks)
+        and not plan.evicted
+        and all(
+            chunk.count == 1 and chunk.sequence.pending and foreseeable(chunk.sequence)
+            for chunk in plan.chunks
+        )
+    )
 
 
 def run(
     stage: Stage,
-    runner: Forward,
+    runner: Runner,
     inbox: Inbox,
-    tell: Callable[[list[Any], Load], None],
+    tell: Tell,
+    meter: Meter | None = None,
 ) -> None:
-    """Take the mail, plan, step, tell. Returns after Stop. `tell` must be safe across threads."""
+    """Take the mail, plan, step, tell. Returns after Stop."""
+    steps = Steps(stage, runner, meter)
     progress, busy = 0, False
     while True:
         for order in inbox.take(wait=not busy):
+            steps.settle()
             if isinstance(order, Stop):
                 return
             stage.apply(order)
-        busy = step(stage, runner)
+        busy = steps.step()
         progress += 1
         tell(stage.mail(), stage.load(progress))

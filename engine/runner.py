@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import torch
 
-from engine.batch import Batch
-from engine.models.decoder import Attend, Decoder
-from engine.sampler import Sampled, sample
+from engine.batch import Attention, Batch
+from engine.layers.attention import Write
+from engine.loop import Outcome
+from engine.models.decoder import Decoder
+from engine.sampler import sample
 
 
 class Runner:
     """Owns the model. Called by the step thread alone."""
 
+    ahead = False  # it computes in the call
+
     def __init__(self, model: Decoder) -> None:
         self._model = model
         self.layers = 0  # begun so far: shows that a long step goes on
 
+    def warm_up(self, attention: Attention) -> None:
+        """Nothing is compiled or captured here."""
+
     @torch.inference_mode()
-    def forward(self, batch: Batch, attend: Attend) -> list[Sampled | None]:
-        """One step. `attend` computes attention and writes the step's KV; it comes from the stage.
+    def launch(self, batch: Batch, attention: Attention) -> Outcome:
+        """One step. Its attention, which also says where the step's KV goes, is the stage's.
 
-        Returns one Sampled for each of `batch.samples`, None where the logits were not finite.
+        The outcome has one Sampled for each of `batch.samples`, None where the logits were not
+        finite.
         """
+        attend = attention(batch)
 
-        def counted(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        def counted(layer: int, write: Write) -> torch.Tensor:
             self.layers += 1
-            return attend(layer, q, k, v)
+            return attend(layer, write)
 
         hidden = self._model.forward(batch.tokens, batch.positions, counted)
         if not batch.samples:
-            return []
-        return sample(self._model.logits(hidden[batch.sampled_rows]), batch.samples)
+            return list
+        logits = self._model.logits(hidden[batch.sampled_rows])
+        sampled = sample(logits, batch.samples, self._model.ops)
+        return lambda: sampled

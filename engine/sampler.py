@@ -10,15 +10,20 @@ Source  Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from cluster.messages import Sampling
+from engine.layers.argmax import argmax
 from engine.sequence import Sequence
+
+_NUCLEUS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,24 +34,74 @@ class Sampled:
     logprobs: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled | None]:
+class Choose(Protocol):
+    """What kernels there are to choose with. `engine.ops` has them."""
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor: ...
+
+    def draw(self, candidates: Candidates, noise: Noise) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What noise is a function of, besides the token."""
+
+    seed: int
+    choice: int
+    position: int  # of the token to be drawn in its sequence, prompt included
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Scores [n] float32, on the CPU; `ids` [n] int64 are their tokens, none: token i is number i.
+
+    Only finite scores that reach `least` may be drawn. `likely` is the index of a high one.
+    """
+
+    scores: torch.Tensor
+    ids: torch.Tensor | None = None
+    least: float = -math.inf
+    likely: int = 0
+
+
+class Plainly:
+    """Choosing in plain torch and numpy: the definition."""
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        return argmax(logits)
+
+    def draw(self, candidates: Candidates, noise: Noise) -> int:
+        return draw(candidates, noise)
+
+
+def sample(
+    logits: torch.Tensor, sequences: Rows[Sequence], choose: Choose | None = None
+) -> list[Sampled | None]:
     """Choose one token for each row of `logits` [rows, vocab] float32, which may be overwritten.
 
     A row that holds a NaN or an infinity yields None: whatever it was computed from is broken, and
     its largest entry would be an answer to nothing.
     """
-    if not sequences:
-        return []
-    sound = torch.isfinite(logits).all(dim=-1).tolist()
-    if all(sound) and all(_is_plain(sequence) for sequence in sequences):
-        return [Sampled(token) for token in logits.argmax(dim=-1).tolist()]
+    choose = choose or Plainly()
+    best = choose.argmax(logits).tolist()
     return [
-        _sample_one(row, sequence) if fine else None
-        for row, sequence, fine in zip(logits, sequences, sound, strict=True)
+        None
+        if token < 0
+        else Sampled(token)
+        if is_plain(sequence)
+        else _sample_one(row, sequence, choose)
+        for row, sequence, token in zip(logits, sequences, best, strict=True)
     ]
 
 
-def _is_plain(sequence: Sequence) -> bool:
+def foreseeable(sequence: Sequence) -> bool:
+    """Whether a token can be chosen before the host knows the one before it."""
+    sampling = sequence.request.sampling
+    return not _has_penalties(sampling) and sequence.next_index >= sampling.min_tokens
+
+
+def is_plain(sequence: Sequence) -> bool:
+    """Whether its token is the largest logit's and nothing is to be said of the others."""
     sampling = sequence.request.sampling
     return (
         sampling.temperature == 0
@@ -65,7 +120,7 @@ def _has_penalties(sampling: Sampling) -> bool:
     )
 
 
-def _sample_one(logits: torch.Tensor, sequence: Sequence) -> Sampled:
+def _sample_one(logits: torch.Tensor, sequence: Sequence, choose: Choose) -> Sampled:
     """One row [vocab]. Log-probabilities are those before bias, penalties and filters."""
     sampling = sequence.request.sampling
     raw = logits.log_softmax(dim=-1) if sampling.logprobs is not None else None
@@ -79,8 +134,10 @@ def _sample_one(logits: torch.Tensor, sequence: Sequence) -> Sampled:
     if sampling.temperature == 0:
         token = int(logits.argmax())
     else:
-        token = _draw(logits, sampling, position=len(sequence.tokens))
-    return Sampled(token, () if raw is None else _top_logprobs(raw, token, sampling.logprobs or 0))
+        candidates = _keep(logits / sampling.temperature, sampling)
+        noise = Noise(sampling.seed, sampling.choice, position=len(sequence.tokens))
+        token = choose.draw(candidates, noise)
+    return Sampled(token, () if raw is None else top_logprobs(raw, token, sampling.logprobs or 0))
 
 
 def penalise(
@@ -104,36 +161,39 @@ def penalise(
         logits[torch.from_numpy(said)] -= torch.from_numpy(penalties).to(logits.dtype)
 
 
-def _draw(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
-    tokens, scores = _keep(logits / sampling.temperature, sampling)
-    noise = gumbel(tokens, sampling.seed, sampling.choice, position)
-    return int(tokens[int(np.argmax(scores + noise))])
-
-
-def _keep(
-    scaled: torch.Tensor, sampling: Sampling
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """The candidates left by min-p, top-k and top-p: token ids and their scores, aligned."""
+def _keep(scaled: torch.Tensor, sampling: Sampling) -> Candidates:
+    """The candidates left by min-p, top-k and top-p."""
+    highest, likely = scaled.max(dim=-1)
+    least = float(highest + math.log(sampling.min_p)) if sampling.min_p > 0 else -math.inf
     if sampling.top_k <= 0 and sampling.top_p >= 1:
-        scores, ids = scaled, torch.arange(len(scaled))
-    else:
-        k = min(sampling.top_k, len(scaled)) if sampling.top_k > 0 else len(scaled)
-        scores, ids = scaled.topk(k)
-        if sampling.top_p < 1:
-            probabilities = scores.double().softmax(dim=-1)
-            before = probabilities.cumsum(dim=-1) - probabilities
-            keep = int((before < sampling.top_p).sum())
-            scores, ids = scores[:keep], ids[:keep]
-    if sampling.min_p > 0:
-        kept = scores >= scaled.max() + float(np.log(sampling.min_p))
-        scores, ids = scores[kept], ids[kept]
-    finite = torch.isfinite(scores)
-    return ids[finite].numpy(), scores[finite].double().numpy()
+        return Candidates(scaled, least=least, likely=int(likely))
+    count = min(sampling.top_k, len(scaled)) if sampling.top_k > 0 else len(scaled)
+    if sampling.top_p >= 1:
+        return Candidates(*scaled.topk(count), least=least)
+    # A nucleus is nearly always among the first few: sorting all of a vocabulary is for nothing.
+    whole = None if sampling.top_k > 0 else (scaled.double() - highest).exp().sum()
+    for looked_at in (count,) if whole is None else (min(_NUCLEUS, count), count):
+        scores, ids = scaled.topk(looked_at)
+        weights = (scores.double() - highest).exp()
+        mass = weights.sum() if whole is None else whole
+        before = weights.cumsum(dim=-1) - weights
+        keep = int((before < sampling.top_p * mass).sum())
+        if keep < looked_at:
+            break
+    return Candidates(scores[:keep], ids[:keep], least=least)
 
 
-def _top_logprobs(
-    raw: torch.Tensor, token: int, alternatives: int
-) -> tuple[tuple[int, float], ...]:
+def draw(candidates: Candidates, noise: Noise) -> int:
+    """The token with the highest score + noise; the definition of `Ops.draw`."""
+    scores = candidates.scores
+    ids = torch.arange(len(scores)) if candidates.ids is None else candidates.ids
+    kept = torch.isfinite(scores) & (scores >= candidates.least)
+    tokens, values = ids[kept].numpy(), scores[kept].double().numpy()
+    drawn = values + gumbel(tokens, noise.seed, noise.choice, noise.position)
+    return int(tokens[int(np.argmax(drawn))])
+
+
+def top_logprobs(raw: torch.Tensor, token: int, alternatives: int) -> tuple[tuple[int, float], ...]:
     values, ids = raw.topk(alternatives)
     best = zip(ids.tolist(), values.tolist(), strict=True)
     return ((token, float(raw[token])), *best)

@@ -12,28 +12,37 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
-from cluster import rpc
+from cluster import metrics, process, rpc
 from cluster.config import WorkerConfig, model_directory
 from cluster.errors import HandshakeRefused, StartError
 from cluster.ids import new_incarnation
-from cluster.messages import Event, Fingerprint, Hello, KVLayout, LayerGroup, Load, Peer
+from cluster.messages import PREFILL, Event, Fingerprint, Hello, KVLayout, LayerGroup, Load, Peer
 from cluster.model import ModelConfig, config_digest
 from cluster.wire import codec
 from cluster.worker import WorkerService
-from engine import loop
+from engine import loop, native
 from engine.allocator import Allocator
+from engine.backend import find_device
+from engine.batch import Batch
 from engine.blocks import BlockPool, root_key
 from engine.cache import KVCache
+from engine.effort import Costs, Effort, Peak, measure_peak
+from engine.layers.attention import Attend
+from engine.memory import check_blocks
 from engine.models.load import LoadedModel, load_model
+from engine.profile import Trace
 from engine.runner import Runner
+
+if TYPE_CHECKING:  # imports triton, which a worker on the CPU has no use for
+    from engine.cuda import CudaRunner
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +58,7 @@ class Parts:
     config: WorkerConfig
     hello: Hello
     windows: tuple[int, ...]
+    kernels: str  # engine.ops
     cache: KVCache
     pool: BlockPool
     allocator: Allocator
@@ -60,6 +70,9 @@ class Room(Protocol):
 
     @property
     def stage(self) -> loop.Stage: ...
+
+    def attention(self, batch: Batch) -> Attend:
+        """Of a step that is nobody's: to warm up with."""
 
     def open(self) -> str:
         """The data plane's address; empty if it takes no KV."""
@@ -82,9 +95,10 @@ async def serve(
     Leaves a thread behind when it is told so while the weights load: end the process with
     `process.leave`.
     """
+    times = {"imported": process.age()}
     _pin(config.pin)
     torch.set_num_threads(config.threads)
-    started = time.monotonic()
+    native.set_threads(config.threads)
     directory = model_directory(config)
     server = rpc.new_server()
     try:
@@ -92,15 +106,26 @@ async def serve(
     except RuntimeError:
         address = f"{config.host}:{config.port}"
         raise StartError(f"cannot listen on {address}: choose another --port") from None
-    model = await _unless(stopping, _in_thread("load", lambda: _load(config, directory)))
-    if model is None:
+    engine = await _unless(stopping, _in_thread("load", lambda: _load(config, directory)))
+    if engine is None:
         return 0
-    parts = _parts(config, directory, model)
+    times["loaded"] = process.age()
+    parts = _parts(config, directory, engine.model)
     room = furnish(parts)
     control_address = f"{config.host}:{port}"
     hello = replace(parts.hello, control_address=control_address, data_address=room.open())
-    runner = Runner(model.model)
-    service = WorkerService(hello, parts.inbox.put, lambda: runner.layers, room.metrics)
+    runner = _runner(config, engine.model, parts)
+    await _in_thread("warm up", lambda: runner.warm_up(room.attention))
+    times["warm"] = process.age()
+
+    def counted() -> Iterator[tuple[str, float]]:
+        yield from room.metrics()
+        yield from engine.effort.metrics()
+        yield metrics.PEAK_RESIDENT_BYTES, process.peak_resident_bytes()
+        for phase, seconds in times.items():
+            yield metrics.labelled(metrics.START_SECONDS, phase=phase), seconds
+
+    service = WorkerService(hello, parts.inbox.put, lambda: runner.layers, counted)
     server.add_generic_rpc_handlers(
         (
             rpc.stream_handler(
@@ -109,10 +134,29 @@ async def serve(
         )
     )
     await server.start()
-    ready_in = round(time.monotonic() - started, 3)
-    log.info("worker up", extra={"worker": hello.peer.name, "seconds": ready_in})
+    times["ready"] = process.age()
+    log.info(
+        "worker up",
+        extra={
+            "worker": hello.peer.name,
+            "kernels": parts.kernels,
+            "seconds": {phase: round(seconds, 3) for phase, seconds in times.items()},
+        },
+    )
     try:
-        await _live(config, stopping, service, room, runner, parts.inbox)
+        stage: loop.Stage = room.stage
+        steps: loop.Runner = runner
+        if config.profile:
+            file = Path(config.profile) / f"{hello.peer.name}.json"
+            stage, steps = Trace(file, config.profile_steps).of(stage, steps)
+        await _live(
+            config,
+            stopping,
+            service,
+            room,
+            lambda tell: loop.run(stage, steps, parts.inbox, tell, engine.effort),
+            parts.inbox,
+        )
     finally:
         service.close()
         await server.stop(grace=0.5)
@@ -125,7 +169,7 @@ async def _live(
     stopping: asyncio.Event,
     service: WorkerService,
     room: Room,
-    runner: Runner,
+    run: Callable[[loop.Tell], None],
     inbox: loop.Inbox,
 ) -> None:
     """Serve, then drain. Raises whatever ends a part of the worker."""
@@ -134,7 +178,7 @@ async def _live(
     def tell(mail: list[tuple[int, Event]], load: Load) -> None:
         event_loop.call_soon_threadsafe(service.tell, mail, load)
 
-    steps = _in_thread("steps", lambda: loop.run(room.stage, runner, inbox, tell))
+    steps = _in_thread("steps", lambda: run(tell))
     try:
         async with asyncio.TaskGroup() as group:
             parts = [
@@ -223,9 +267,10 @@ def _pin(cores: Sequence[int]) -> None:
 
 def _parts(config: WorkerConfig, directory: Path, model: LoadedModel) -> Parts:
     shape = model.config
-    dtype = str(next(model.model.parameters()).dtype).removeprefix("torch.")
-    layout = KVLayout(_groups(shape), dtype)
+    ops = model.model.ops
+    layout = KVLayout(_groups(shape), str(ops.kv_dtype).removeprefix("torch."))
     blocks = config.num_blocks or _blocks_in(config, layout)
+    check_blocks(blocks, layout.token_bytes * config.block_size, ops.device)
     name = config.name or f"{config.role}-{os.getpid()}"
     fingerprint = Fingerprint(config_digest(directory), model.weights_digest)
     pool = BlockPool(blocks, config.block_size)
@@ -243,7 +288,8 @@ def _parts(config: WorkerConfig, directory: Path, model: LoadedModel) -> Parts:
         config=config,
         hello=hello,
         windows=shape.windows,
-        cache=KVCache(layout, blocks, config.block_size),
+        kernels=ops.name,
+        cache=KVCache(layout, blocks, config.block_size, ops.device),
         pool=pool,
         allocator=Allocator(
             pool, lambda salt: root_key(fingerprint, salt), config.enable_prefix_caching
@@ -265,26 +311,61 @@ def _groups(shape: ModelConfig) -> tuple[LayerGroup, ...]:
 
 def _blocks_in(config: WorkerConfig, layout: KVLayout) -> int:
     """How many blocks fit into the memory given."""
-    itemsize = {"float32": 4}.get(layout.dtype, 2)
-    token = sum(2 * g.layers * g.kv_heads * g.head_dim * itemsize for g in layout.groups)
-    blocks = config.kv_cache_memory_bytes // (token * config.block_size)
+    block_bytes = layout.token_bytes * config.block_size
+    blocks = config.kv_cache_memory_bytes // block_bytes
     if blocks < 1:
         raise StartError(
             f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes} holds no block "
-            f"of {token * config.block_size} bytes"
+            f"of {block_bytes} bytes"
         )
     return blocks
 
 
-def _load(config: WorkerConfig, directory: Path) -> LoadedModel:
+@dataclass(frozen=True)
+class _Engine:
+    model: LoadedModel
+    effort: Effort
+
+
+def _load(config: WorkerConfig, directory: Path) -> _Engine:
     shown = _Progress(config.name or config.role, directory.name)
-    return load_model(
+    peak = _peak(config)  # first: what it needs for a moment is free again for the weights
+    model = load_model(
         directory,
         dtype=config.dtype,
+        kernels=config.kernels,
+        quantization=config.quantization,
+        device=config.device,
+        block_size=config.block_size,
         load_format=config.load_format,
         seed=config.seed,
         progress=shown,
     )
+    return _Engine(model, Effort(Costs(model.model), peak))
+
+
+def _runner(config: WorkerConfig, model: LoadedModel, parts: Parts) -> Runner | CudaRunner:
+    if model.model.ops.device.type == "cpu":
+        return Runner(model.model)
+    from engine.cuda import GRAPH_SIZES, CudaRunner
+
+    decodes = config.role != PREFILL
+    return CudaRunner(
+        model.model,
+        width=-(-parts.hello.max_model_len // config.block_size),
+        samples=max(config.max_num_seqs, config.max_num_batched_tokens),
+        ahead=decodes,
+        graph_sizes=GRAPH_SIZES if decodes and not config.enforce_eager else (),
+    )
+
+
+def _peak(config: WorkerConfig) -> Peak:
+    """As declared; measured where it is not."""
+    flops, moved = config.peak_tflops * 1e12, config.peak_gbps * 1e9
+    if not (flops and moved):
+        measured = measure_peak(find_device(config.device))
+        flops, moved = flops or measured.flops, moved or measured.bytes
+    return Peak(flops, moved)
 
 
 class _Progress:

@@ -22,7 +22,7 @@ from cluster.ids import new_id
 from cluster.lifecycle import LandingState, advance_landing
 from cluster.messages import Landing, Peer, Request
 from engine.blocks import Block, BlockPool
-from engine.cache import KVCache
+from engine.cache import KVCache, Slots
 from kvtransfer.cells import Cells
 from kvtransfer.frames import (
     Ack,
@@ -59,6 +59,7 @@ class Site:
     found: int  # how many blocks the prefix cache had
     expires: float
     cells: Cells
+    slots: Slots  # of all of the tokens
     state: LandingState = LandingState.PROMISED
     written: dict[int, tuple[Box, int]] = field(default_factory=dict)  # chunk -> box, digest
     manifest: Manifest | None = None
@@ -132,7 +133,9 @@ class Landings:
         cached = found * self._pool.block_size
         landing = Landing(new_id(), 1, self._peer, self._address, cached, self._lease_s)
         cells = Cells(self._cache.layout, range(cached, len(request.tokens)))
-        site = Site(landing, request, attempt, keys, blocks, found, now + self._lease_s, cells)
+        slots = self._cache.slots_of(blocks, 0, len(request.tokens))
+        expires = now + self._lease_s
+        site = Site(landing, request, attempt, keys, blocks, found, expires, cells, slots)
         self._sites[request.id] = self._by_id[landing.id] = site
         self.counters["promised"] += 1
         return landing
@@ -178,8 +181,8 @@ class Landings:
         _require(len(body) == expected, "wrong size")
         _require(site.cells.free(box), "overlap")
         targets = site.blocks[box.tokens.start // size : -(-box.tokens.stop // size)]
-        _require(all(map(self._pool.writable, targets)), "block is no longer promised")
-        slots = self._cache.slots_of(site.blocks, box.tokens.start, box.tokens.stop)
+        _require(self._pool.writable(targets), "block is no longer promised")
+        slots = site.slots[box.tokens.start : box.tokens.stop]
         self._cache.scatter(box.layers, slots, body, box.heads)
         site.written[chunk.index] = box, digest
         site.cells.fill(box)

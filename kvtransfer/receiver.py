@@ -23,6 +23,7 @@ from kvtransfer.frames import (
     Bye,
     Chunk,
     DamagedBody,
+    Digest,
     Fields,
     Frame,
     Greeting,
@@ -32,6 +33,7 @@ from kvtransfer.frames import (
     Renew,
     Welcome,
     decode,
+    digest_of,
     encode,
     row_bytes,
 )
@@ -75,6 +77,7 @@ class _Inbound:
 class Receiver:
     """Belongs to the event loop. `later(function, *args)` is how another thread calls into it.
 
+    Another `digest` than the wire's own is for measuring what it costs.
     Raises StartError for a credit within which not even the smallest chunk could come.
     """
 
@@ -84,6 +87,7 @@ class Receiver:
         post: Callable[[Arrived], None],
         later: Callable[..., object],
         credit: int = CREDIT_BYTES,
+        digest: Digest = digest_of,
     ) -> None:
         least = row_bytes(hello.layout)
         if credit < least:
@@ -96,6 +100,7 @@ class Receiver:
         self._post = post
         self._later = later
         self._credit = credit
+        self._digest = digest
         self._links: OrderedDict[bytes, _Inbound] = OrderedDict()
         self._strikes: OrderedDict[bytes, int] = OrderedDict()
         self._replaced: OrderedDict[Peer, None] = OrderedDict()
@@ -119,7 +124,7 @@ class Receiver:
             self.counters["dropped"] += 1
             return
         try:
-            frame = decode(parts)
+            frame = decode(parts, self._digest)
         except DamagedBody as error:
             self.counters["damaged"] += 1
             if route in self._links:

@@ -81,6 +81,8 @@ class _Run:
     mail: asyncio.Queue[Announcement | None] = field(default_factory=asyncio.Queue)
     digests: dict[int, int] = field(default_factory=dict)  # chunk index -> body digest
     carried: Carried = field(default_factory=Carried)
+    total: int | None = None  # chunks, once everything was announced
+    complete: asyncio.Event = field(default_factory=asyncio.Event)  # each of them is under way
     finished: float | None = None  # when the last announcement had come
     task: asyncio.Task[None] | None = None
 
@@ -90,6 +92,16 @@ class _Run:
         return Address(
             landing.id, landing.generation, landing.peer.incarnation, self.handoff.attempt
         )
+
+    @property
+    def manifest(self) -> Manifest:
+        tokens = range(self.handoff.landing.cached_tokens, self.handoff.tokens)
+        return Manifest(self.address, len(self.digests), tokens, combined(self.digests.items()))
+
+    def count(self) -> None:
+        """To be called when `total` or `digests` has changed."""
+        if len(self.digests) == self.total:
+            self.complete.set()
 
 
 class Sender:
@@ -212,18 +224,29 @@ class Sender:
             await link.open()
             async with asyncio.TaskGroup() as group:
                 lease = group.create_task(self._keep_lease(run, link))
-                index = 0
                 async with asyncio.TaskGroup() as pushes:
+                    sealing = pushes.create_task(self._seal(run, link))
+                    index = 0
                     while (announcement := await run.mail.get()) is not None:
                         for box, slots in self._pieces(announcement, landing.cached_tokens, link):
                             pushes.create_task(self._push(run, link, index, box, slots))
                             index += 1
                     assert run.finished is not None
                     deadline.reschedule(run.finished + landing.lease_s)
+                    run.total = index
+                    run.count()
                 lease.cancel()
-            tokens = range(landing.cached_tokens, run.handoff.tokens)
-            digest = combined(run.digests.items())
-            await link.seal(Manifest(run.address, index, tokens, digest))
+            if not sealing.result() and not await link.seal(run.manifest):
+                raise TransferFailed(f"{landing.peer.name}: chunks are missing")
+
+    async def _seal(self, run: _Run, link: Link) -> bool:
+        """Send the manifest behind the last chunk and not behind its answer.
+
+        A receiver answers between two of its steps, so waiting would cost the sequence one of them.
+        Whether it sealed the landing: a chunk that arrived damaged comes later than the manifest.
+        """
+        await run.complete.wait()
+        return await link.seal(run.manifest)
 
     async def _keep_lease(self, run: _Run, link: Link) -> None:
         """Renew the landing's lease whenever no chunk has for a third of it."""
@@ -239,9 +262,15 @@ class Sender:
     async def _push(self, run: _Run, link: Link, index: int, box: Box, slots: Slots) -> None:
         chunk = Chunk(run.address, index, box, self._cache.layout.dtype)
         size = self._cache.token_bytes(box.layers) * len(slots)
-        run.digests[index] = await link.send(
-            chunk, size, lambda: self._cache.gather(box.layers, slots)
-        )
+
+        def fill(room: memoryview) -> None:
+            self._cache.gather(box.layers, slots, out=room)
+
+        def sent(digest: int) -> None:
+            run.digests[index] = digest
+            run.count()
+
+        await link.send(chunk, size, fill, sent)
         run.counted = asyncio.get_running_loop().time()
         run.carried.chunks += 1
         run.carried.bytes += size

@@ -19,9 +19,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from cluster import metrics
 from cluster.errors import StartError, WorkerLost
-from cluster.messages import Hello, Peer
 from kvtransfer.frames import MAX_BODY, Buffer
-from kvtransfer.link import ANSWER_TIMEOUT_S, FramedLink
 from kvtransfer.receiver import Receiver
 
 HEARTBEAT_MS = 200
@@ -129,17 +127,6 @@ class ZmqWire:
             self._lost("connection lost")
         elif self._connected is not None and not self._connected.done():
             self._connected.set_result(None)
-
-
-def link_to(
-    context: zmq.Context[zmq.Socket[bytes]],
-    address: str,
-    hello: Hello,
-    peer: Peer,
-    answer_timeout: float = ANSWER_TIMEOUT_S,
-) -> FramedLink:
-    """A Link, not yet open, from the worker that `hello` describes to `peer`."""
-    return FramedLink(ZmqWire(context, address), hello, peer, answer_timeout=answer_timeout)
 
 
 class ZmqHost:

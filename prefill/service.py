@@ -13,10 +13,13 @@ from cluster.config import WorkerConfig
 from cluster.errors import BatonError
 from cluster.messages import Landing
 from engine import worker
+from engine.batch import Batch
+from engine.layers.attention import Attend
 from engine.worker import Parts
 from kvtransfer.link import Link
+from kvtransfer.nearest import link_to
 from kvtransfer.sender import Announcement, Carried, Handoff, Sender
-from kvtransfer.zeromq import link_to
+from prefill.attention import make_attend
 from prefill.stage import HandoffEnded, PrefillStage
 
 
@@ -60,10 +63,14 @@ class PrefillRoom:
             parts.allocator,
             parts.windows,
             Across(self._sender, later),
+            make_attend(parts.kernels),
             budget=config.max_num_batched_tokens,
             chunk_bytes=config.chunk_bytes,
             clock=monotonic,
         )
+
+    def attention(self, batch: Batch) -> Attend:
+        return self.stage.attention(batch)
 
     def open(self) -> str:
         return ""

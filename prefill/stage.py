@@ -21,15 +21,15 @@ from cluster.errors import BatonError
 from cluster.messages import Cancel, Event, Failed, Landing, Load, Prefill
 from cluster.orders import Drain, Ordered, SessionClosed, Tick
 from engine.allocator import Allocator
-from engine.batch import Batch, Plan
+from engine.batch import Attention, Batch, Plan
 from engine.blocks import BlockPool
 from engine.cache import KVCache, group_spans
-from engine.models.decoder import Attend
+from engine.layers.attention import Attend, Write
 from engine.sampler import Sampled
 from engine.sequence import Sequence
 from kvtransfer.sender import Announcement, Handoff
 from prefill import scheduler
-from prefill.attention import PrefillAttention
+from prefill.attention import MakeAttend, PrefillAttention
 from prefill.queue import PromptQueue
 
 
@@ -68,6 +68,7 @@ class PrefillStage:
         allocator: Allocator,
         windows: tuple[int, ...],
         pushes: Pushes,
+        make_attend: MakeAttend = PrefillAttention,
         *,
         budget: int,
         chunk_bytes: int,
@@ -78,6 +79,7 @@ class PrefillStage:
         self._allocator = allocator
         self._windows = windows
         self._pushes = pushes
+        self._make_attend = make_attend
         self._budget = budget
         self._chunk_bytes = chunk_bytes
         self._clock = clock
@@ -139,23 +141,31 @@ class PrefillStage:
     def make_room(self, plan: Plan) -> None:
         """Nothing to do: a prompt is admitted with blocks for all of its tokens."""
 
-    def batch(self, plan: Plan) -> tuple[Batch, Attend]:
-        batch = Batch.of(plan, self._cache)
-        attend = PrefillAttention(self._cache, batch, self._windows)
-        pushed = [chunk for chunk in plan.chunks if chunk.sequence.key in self._landings]
+    def batch(self, plan: Plan) -> tuple[Batch, Attention]:
+        pushed = [
+            (chunk.sequence, chunk.sequence.computed, chunk.sequence.computed + chunk.count)
+            for chunk in plan.chunks
+            if chunk.sequence.key in self._landings
+        ]
         ends = {part.stop - 1: part for part in self._layer_parts(plan.tokens)}
 
-        def attend_and_announce(
-            layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-        ) -> torch.Tensor:
-            out = attend(layer, q, k, v)
-            if layer in ends:
-                for chunk in pushed:
-                    start = chunk.sequence.computed
-                    self._announce(chunk.sequence, ends[layer], start, start + chunk.count)
-            return out
+        def announcing(batch: Batch) -> Attend:
+            attend = self.attention(batch)
 
-        return batch, attend_and_announce
+            def attend_and_announce(layer: int, write: Write) -> torch.Tensor:
+                out = attend(layer, write)
+                if layer in ends:
+                    for sequence, start, stop in pushed:
+                        self._announce(sequence, ends[layer], start, stop)
+                return out
+
+            return attend_and_announce
+
+        return Batch.of(plan, self._cache), announcing
+
+    def attention(self, batch: Batch) -> Attend:
+        """Of a step whose KV goes to nobody."""
+        return self._make_attend(self._cache, batch, self._windows)
 
     def accept(self, plan: Plan, sampled: list[Sampled | None]) -> None:
         self._steps += 1
@@ -163,17 +173,16 @@ class PrefillStage:
         tokens = iter(sampled)
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            ends = chunk.samples
-            sequence.computed += chunk.count
+            first = next(tokens) if chunk.samples else None
+            if chunk.samples and first is None:
+                self._fail(sequence)
+                continue
             self._allocator.publish(sequence)
-            if ends:
-                self._finish(sequence, next(tokens))
+            if first is not None:
+                self._finish(sequence, first)
 
-    def _finish(self, sequence: Sequence, sampled: Sampled | None) -> None:
+    def _finish(self, sequence: Sequence, sampled: Sampled) -> None:
         """The prompt is read: tell the first token. The sender may still need the blocks."""
-        if sampled is None:
-            self._fail(sequence)
-            return
         assert sequence.scheduled is not None
         sequence.spans["prefill"] = self._clock() - sequence.scheduled
         first = sequence.take(sampled.token, sampled.logprobs)

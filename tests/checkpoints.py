@@ -91,10 +91,10 @@ ARCHITECTURES: dict[str, Callable[..., PreTrainedModel]] = {
     "qwen2-window": _architecture(
         *_QWEN2, use_sliding_window=True, sliding_window=9, max_window_layers=1
     ),
-    "qwen3": _architecture(*_QWEN3, head_dim=20, tie_word_embeddings=True),
-    "qwen3-biases": _architecture(*_QWEN3, head_dim=4, attention_bias=True),
+    "qwen3": _architecture(*_QWEN3, head_dim=40, tie_word_embeddings=True),
+    "qwen3-biases": _architecture(*_QWEN3, head_dim=8, attention_bias=True),
     "mistral": _architecture(*_MISTRAL, sliding_window=None),
-    "mistral-window": _architecture(*_MISTRAL, sliding_window=9, head_dim=12),
+    "mistral-window": _architecture(*_MISTRAL, sliding_window=9, head_dim=24),
 }
 
 

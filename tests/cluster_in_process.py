@@ -196,7 +196,7 @@ class Worker:
         self.pool = BlockPool(blocks, block_size)
         self.allocator = Allocator(self.pool, partial(root_key, FINGERPRINT), caching)
         self.cache = KVCache(LAYOUT, blocks, block_size)
-        self.runner = HashRunner(self.cache)
+        self.runner = HashRunner(self.cache, ahead=cluster.ahead and role != PREFILL)
         peer = Peer(name, cluster.number())
         address = f"{name}/{peer.incarnation}"
         self.hello = Hello(
@@ -290,6 +290,7 @@ class Worker:
 
     async def _steps(self) -> None:
         """engine.loop.run with a task for its thread; a step's time passes before the step."""
+        steps = loop.Steps(self.stage, self.runner)
         progress, busy = 0, False
         while True:
             if not busy:
@@ -298,11 +299,12 @@ class Worker:
                 await asyncio.sleep(TICK_S)
             self._posted.clear()
             for order in self._inbox.take(wait=False):
+                steps.settle()
                 self.stage.apply(order)
             load = self.stage.load(progress)
             if load.running or load.waiting:
                 await self._compute()
-            busy = loop.step(self.stage, self.runner)
+            busy = steps.step()
             progress += 1
             check_ledger(self)
             mail, load = self.stage.mail(), self.stage.load(progress)
@@ -350,6 +352,10 @@ class Worker:
 
 class Cluster:
     """Used as `async with`; on leaving it stops everything and holds every worker to its ledger."""
+
+    ahead = False
+    """Whether a step of a decode worker is launched before the one before it is accepted, as with a
+    GPU."""
 
     def __init__(self, seed: int = 0, *, delay_s: float = 0.002, **settings: Any) -> None:
         self.random = Random(seed)

@@ -8,6 +8,7 @@ piece of KV makes a wrong answer, and what the right one is follows from the pro
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from hashlib import blake2b
 from random import Random
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 
 from cluster.messages import Fingerprint, KVLayout, LayerGroup, Request, Sampling
-from engine.batch import Batch
+from engine.batch import Attention, Batch
 from engine.cache import KVCache
-from engine.models.decoder import Attend
+from engine.layers.attention import Attend, written
+from engine.loop import Outcome
 from engine.sampler import Sampled
 
 LAYOUT = KVLayout((LayerGroup(2, 1, 4), LayerGroup(1, 2, 4, window=8)), "float32")
@@ -59,14 +61,30 @@ def ask_for(
 class HashRunner:
     """Writes (token, position, layer) as keys and values; reads all of it back for a next token."""
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: KVCache, ahead: bool = False) -> None:
+        self.ahead = ahead
         self._cache = cache
+        self._last: list[int] = []
         self.faults: list[str] = []
         self.steps: list[tuple[int, ...]] = []  # the token counts of each step's segments
         self.explode = False
 
-    def forward(self, batch: Batch, attend: Attend) -> list[Sampled]:
-        self.steps.append(tuple(segment.count for segment in batch.segments))
+    def launch(self, batch: Batch, attention: Attention) -> Outcome:
+        """With `ahead` nothing is computed before the outcome is asked for, as late as can be."""
+        attend = attention(batch)
+        if self.ahead:
+            return lambda: self._forward(batch, attend)
+        sampled = self._forward(batch, attend)
+        return lambda: sampled
+
+    def _forward(self, batch: Batch, attend: Attend) -> list[Sampled | None]:
+        said = [t if t >= 0 else self._last[-1 - t] for t in batch.tokens.tolist()]
+        sampled = self._compute(replace(batch, tokens=torch.tensor(said)), attend)
+        self._last = [one.token for one in sampled]
+        return [*sampled]
+
+    def _compute(self, batch: Batch, attend: Attend) -> list[Sampled]:
+        self.steps.append(batch.counts)
         if self.explode:
             raise RuntimeError("the device is on fire")
         layer = 0
@@ -75,14 +93,19 @@ class HashRunner:
                 kv = _content(batch.tokens, batch.positions, layer)
                 kv = kv[:, None].expand(-1, group.kv_heads, -1).contiguous()
                 q = torch.zeros(len(kv), 2 * group.kv_heads, group.head_dim)
-                assert attend(layer, q, kv, -kv).shape == q.shape
+                assert attend(layer, written(q, kv, -kv)).shape == q.shape
                 layer += 1
-        last = {segment.rows.stop - 1: segment for segment in batch.segments}
-        contexts = [last[row].slots for row in batch.sampled_rows.tolist()]
+        last = {batch.rows_of(number).stop - 1: number for number in range(len(batch.counts))}
+        contexts = [self._slots(batch, last[row]) for row in batch.sampled_rows.tolist()]
         return [
             Sampled(next_token(self._read(slots), sequence.request.sampling.seed), ())
             for slots, sequence in zip(contexts, batch.samples, strict=True)
         ]
+
+    def _slots(self, batch: Batch, segment: int) -> torch.Tensor:
+        size = self._cache.block_size
+        table = batch.block_table[segment, :, None] * size + torch.arange(size)
+        return table.flatten()[: batch.lengths[segment]]
 
     def _read(self, slots: torch.Tensor) -> list[int]:
         """The tokens that the cache says are the context, which need not be the true ones."""

@@ -44,6 +44,11 @@ from tests.virtual import clock, on_virtual_time, run
 MS = 0.001
 
 
+@pytest.fixture(autouse=True, params=[False, True], ids=["in step", "a step ahead"])
+def _ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cluster, "ahead", request.param)
+
+
 # The test bed itself: it must see what it is there to see.
 
 
@@ -598,22 +603,14 @@ def _once(kind: type, skip: int = 0) -> Callable[[Any], bool]:
 
 
 @pytest.mark.parametrize(
-    "lose",
-    [
-        _once(Start),
-        _once(Greeting),
-        _once(Welcome),
-        _once(Chunk),
-        _once(Chunk, skip=20),
-        _once(Ack, skip=3),
-        _once(Manifest),
-    ],
+    ("kind", "skip"),
+    [(Start, 0), (Greeting, 0), (Welcome, 0), (Chunk, 0), (Chunk, 20), (Manifest, 0)],
 )
-def test_a_lost_message_ends_in_an_error_and_free_blocks(lose: Callable[[Any], bool]) -> None:
+def test_a_lost_message_ends_in_an_error_and_free_blocks(kind: type, skip: int) -> None:
     async def main() -> None:
         async with Cluster() as cluster:
             await cluster.pair(lease=3.0, chunk_bytes=64)
-            cluster.lose = lose
+            cluster.lose = _once(kind, skip)
             with pytest.raises(TransferFailed):
                 await cluster.ask(ask_for("a", 40))
             assert len(cluster.lost) == 1
@@ -622,6 +619,17 @@ def test_a_lost_message_ends_in_an_error_and_free_blocks(lose: Callable[[Any], b
             await cluster.check(ask_for("b", 40))
 
     run(main())
+
+
+@on_virtual_time
+async def test_a_lost_acknowledgement_costs_nothing_when_all_has_arrived() -> None:
+    async with Cluster() as cluster:
+        await cluster.pair(lease=3.0, chunk_bytes=64)
+        cluster.lose = _once(Ack, 3)
+        await cluster.check(ask_for("a", 40))
+        assert len(cluster.lost) == 1
+        await cluster.idle(within=3.5)
+        await cluster.check(ask_for("b", 40))
 
 
 @pytest.mark.parametrize("kind", [Promise, Prefill, Generate])

@@ -12,12 +12,31 @@ from torch import Tensor
 
 from cluster.model import ModelConfig
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]) -> as q.
+Write = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(keys, values [slots, kv_heads, head_dim], slots [tokens] int64) -> q [tokens, heads, head_dim].
 
-Called once per layer, in order, with rotated q and k of this forward's tokens. It stores k and v
-and attends over all that each token may see, scaled by 1 / sqrt(head_dim).
+Puts this layer's keys and values of the forward's tokens into those slots of one layer's pages, and
+returns the queries, rotated like the keys. Called once: it is what the model computes up to there,
+so that norm, rotation and write can be one pass over memory.
 """
+
+Attend = Callable[[int, Write], Tensor]
+"""(layer, write) -> [tokens, heads, head_dim].
+
+Called once per layer, in order. It says where keys and values go, then attends over all that each
+token may see, itself included, scaled by 1 / sqrt(head_dim).
+"""
+
+
+def written(q: Tensor, k: Tensor, v: Tensor) -> Write:
+    """The Write of what is computed already; k and v [tokens, kv_heads, head_dim]."""
+
+    def write(keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+        keys.index_copy_(0, slots, k.to(keys.dtype))
+        values.index_copy_(0, slots, v.to(values.dtype))
+        return q
+
+    return write
 
 
 def causal_attention_reference(
@@ -48,22 +67,32 @@ def causal_attention_reference(
     return out.view(kv_heads, group, queries, head_dim).permute(2, 0, 1, 3).reshape(q.shape)
 
 
-def make_dense_attend(config: ModelConfig) -> Attend:
-    """An Attend over one sequence from its first token, with a contiguous cache that grows.
+class DenseCache:
+    """Keys and values of one sequence from its first token, contiguous; no pages, no blocks.
 
-    Each forward's tokens follow those before. The single-process reference of tests and accuracy
-    measurements; a new sequence needs a new one.
+    The single-process reference of tests and accuracy measurements. `dtype` is that of its keys and
+    values.
     """
-    cache: list[tuple[Tensor, Tensor] | None] = [None] * config.layers
-    scale = config.head_dim**-0.5
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        held = cache[layer]
-        start = 0
-        if held is not None:
-            start = held[0].shape[0]
-            k, v = torch.cat((held[0], k)), torch.cat((held[1], v))
-        cache[layer] = (k, v)
-        return causal_attention_reference(q, k, v, scale, config.windows[layer], start)
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+        self._windows = config.windows
+        self._scale = config.head_dim**-0.5
+        self.shape = (config.kv_heads, config.head_dim)
+        empty = torch.empty((2, 0, *self.shape), dtype=dtype)
+        self._layers = [empty] * config.layers
 
-    return attend
+    def attend(self, tokens: int) -> Attend:
+        """For one forward of the next `tokens` tokens."""
+        slots = torch.arange(tokens)
+
+        def attend(layer: int, write: Write) -> Tensor:
+            held = self._layers[layer]
+            start = held.shape[1]
+            keys, values = new = held.new_empty((2, tokens, *held.shape[2:]))
+            q = write(keys, values, slots)
+            self._layers[layer] = torch.cat((held, new), dim=1)
+            k, v = self._layers[layer].to(q.dtype)
+            window = self._windows[layer]
+            return causal_attention_reference(q, k, v, self._scale, window, start)
+
+        return attend

@@ -25,17 +25,18 @@ class Rope:
         self._scale = config.attention_factor
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for positions [tokens], each [tokens, 1, head_dim / 2] float32.
+        """Cosine and sine for positions [tokens], each [tokens, head_dim / 2] float32.
 
         The same for all layers and heads: computed once per forward.
         """
-        angle = (positions.float()[:, None] * self._frequencies)[:, None, :]
+        angle = positions.float()[:, None] * self._frequencies
         return angle.cos() * self._scale, angle.sin() * self._scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [tokens, heads, head_dim]; returns a new tensor of the same dtype."""
     first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 

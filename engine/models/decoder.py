@@ -1,106 +1,123 @@
 """Decoder: one parameterised transformer for Llama, Mistral, Qwen2 and Qwen3.
 
 Tokens come packed: many sequences in one flat batch without padding. Whatever tells sequences
-apart, and the KV cache with it, is in the `Attend` that the stage passes in; the model holds
-parameters only.
+apart, and the KV cache with it, is in the `Attend` that the stage passes in; how things are
+computed is in the `Ops`. The model holds parameters and the order of things.
 
 Matrices that read the same input are stored as one: q, k, v as `qkv`, gate and up as `gate_up`.
+The residual stream is one tensor, added to in place; what flows beside it is yet to be added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from cluster.model import ModelConfig
 from engine.layers.attention import Attend
-from engine.layers.linear import Linear, empty_parameter
-from engine.layers.norm import RMSNorm
-from engine.layers.rope import Rope, rotate
+from engine.layers.linear import Linear, Part, empty_parameter
+from engine.layers.rope import Rope
+from engine.ops import Ops
 
-__all__ = ["Attend", "Decoder"]  # what a stage needs: the model, and the attention it takes
+Parts = Iterator[tuple[str, Part]]
+
+
+class Norm(nn.Module):
+    """The weight of an RMSNorm."""
+
+    def __init__(self, size: int, eps: float, ops: Ops) -> None:
+        super().__init__()
+        self.weight = empty_parameter(size, dtype=ops.dtype, device=ops.device)
+        self.eps = eps
+
+    def parts(self, name: str) -> Parts:
+        yield f"{name}.weight", Part(tuple(self.weight.shape), self.weight.copy_)
 
 
 class Attention(nn.Module):
     """Projections, qk-norm and RoPE around the attention that is passed in."""
 
-    def __init__(
-        self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
         self._layer = layer
-        self._split = (config.heads, config.kv_heads, config.kv_heads)
+        self._ops = ops
+        self._heads = (config.heads, config.kv_heads)
         self._head_dim = config.head_dim
+        self._eps = config.norm_eps
         queries = config.heads * config.head_dim
-        rows = sum(self._split) * config.head_dim
-        self.qkv = Linear(config.hidden_size, rows, config.qkv_bias, dtype, device)
-        self.o = Linear(queries, config.hidden_size, config.o_bias, dtype, device)
-        self.q_norm: RMSNorm | None = None
-        self.k_norm: RMSNorm | None = None
+        rows = (config.heads + 2 * config.kv_heads) * config.head_dim
+        self.qkv = ops.linear(config.hidden_size, rows, config.qkv_bias)
+        self.o = ops.linear(queries, config.hidden_size, config.o_bias)
+        self.q_norm: Norm | None = None
+        self.k_norm: Norm | None = None
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps, dtype, device)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype, device)
+            self.q_norm = Norm(config.head_dim, config.norm_eps, ops)
+            self.k_norm = Norm(config.head_dim, config.norm_eps, ops)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        heads = self.qkv(x).view(x.shape[0], -1, self._head_dim)
-        q, k, v = heads.split(self._split, dim=1)
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(self._layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o(out.reshape(x.shape[0], -1))  # type: ignore[no-any-return]
+            norms = self.q_norm.weight, self.k_norm.weight
+        write = self._ops.write_heads(self.qkv(x), self._heads, norms, self._eps, angles)
+        return self.o(attend(self._layer, write).reshape(len(x), -1))
 
-    def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        sizes = [count * self._head_dim for count in self._split]
-        yield from _parts(self.qkv, [f"{prefix}{name}_proj" for name in "qkv"], sizes)
-        yield from _parts(self.o, [f"{prefix}o_proj"], [self.o.weight.shape[0]])
+    def parts(self, prefix: str) -> Parts:
+        queries, keys = (count * self._head_dim for count in self._heads)
+        yield from _stacked(self.qkv, prefix, {"q_proj": queries, "k_proj": keys, "v_proj": keys})
+        yield from _stacked(self.o, prefix, {"o_proj": self.o.outputs})
         if self.q_norm is not None and self.k_norm is not None:
-            yield f"{prefix}q_norm.weight", self.q_norm.weight
-            yield f"{prefix}k_norm.weight", self.k_norm.weight
+            yield from self.q_norm.parts(f"{prefix}q_norm")
+            yield from self.k_norm.parts(f"{prefix}k_norm")
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)). Source: Shazeer 2020."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_up = Linear(hidden, 2 * inner, bias, dtype, device)
-        self.down = Linear(inner, hidden, bias, dtype, device)
+        self._ops = ops
+        self.gate_up = ops.linear(hidden, 2 * inner, bias)
+        self.down = ops.linear(inner, hidden, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(functional.silu(gate) * up)  # type: ignore[no-any-return]
+        return self.down(self._ops.swiglu(self.gate_up(x)))
 
-    def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        inner = self.down.weight.shape[1]
-        yield from _parts(self.gate_up, [f"{prefix}gate_proj", f"{prefix}up_proj"], [inner, inner])
-        yield from _parts(self.down, [f"{prefix}down_proj"], [self.down.weight.shape[0]])
+    def parts(self, prefix: str) -> Parts:
+        inner = self.down.inputs
+        yield from _stacked(self.gate_up, prefix, {"gate_proj": inner, "up_proj": inner})
+        yield from _stacked(self.down, prefix, {"down_proj": self.down.outputs})
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each normed before and added back."""
+    """Attention and MLP, each normed before."""
 
-    def __init__(
-        self, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
-        self.attention = Attention(config, layer, dtype, device)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
-        self.mlp = MLP(config, dtype, device)
+        self._ops = ops
+        self.attention_norm = Norm(config.hidden_size, config.norm_eps, ops)
+        self.attention = Attention(config, layer, ops)
+        self.mlp_norm = Norm(config.hidden_size, config.norm_eps, ops)
+        self.mlp = MLP(config, ops)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
-        return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
+    def forward(
+        self, x: Tensor, residual: Tensor, angles: tuple[Tensor, Tensor], attend: Attend
+    ) -> Tensor:
+        """`x` is added to `residual` in place; what is returned is yet to be. [tokens, hidden]"""
+        add_norm, eps = self._ops.add_norm, self.mlp_norm.eps
+        x = add_norm(x, residual, self.attention_norm.weight, eps)
+        x = self.attention(x, angles, attend)
+        x = add_norm(x, residual, self.mlp_norm.weight, eps)
+        return self.mlp(x)  # type: ignore[no-any-return]
 
-    def checkpoint_tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        yield f"{prefix}input_layernorm.weight", self.attention_norm.weight
-        yield from self.attention.checkpoint_tensors(f"{prefix}self_attn.")
-        yield f"{prefix}post_attention_layernorm.weight", self.mlp_norm.weight
-        yield from self.mlp.checkpoint_tensors(f"{prefix}mlp.")
+    def parts(self, prefix: str) -> Parts:
+        yield from self.attention_norm.parts(f"{prefix}input_layernorm")
+        yield from self.attention.parts(f"{prefix}self_attn.")
+        yield from self.mlp_norm.parts(f"{prefix}post_attention_layernorm")
+        yield from self.mlp.parts(f"{prefix}mlp.")
 
 
 class Decoder(nn.Module):
@@ -109,56 +126,60 @@ class Decoder(nn.Module):
     Inference only: call it inside `torch.inference_mode()`.
     """
 
-    def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
-        device = torch.device(device)
         self.config = config
-        self.dtype = dtype
-        self.device = device
-        table = (config.vocab_size, config.hidden_size)
-        self.embedding = empty_parameter(*table, dtype=dtype, device=device)
-        self.layers = nn.ModuleList(
-            Layer(config, layer, dtype, device) for layer in range(config.layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
-        self.head = (
-            self.embedding if config.tied else empty_parameter(*table, dtype=dtype, device=device)
-        )
-        self.rope = Rope(config.rope, config.head_dim, device)
+        self.ops = ops
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.head = ops.linear(hidden, vocab)
+        self.embedding = self.head if config.tied else ops.embedding(vocab, hidden)
+        self.layers = nn.ModuleList(Layer(config, layer, ops) for layer in range(config.layers))
+        self.norm = Norm(hidden, config.norm_eps, ops)
+        self.rope = Rope(config.rope, config.head_dim, ops.device)
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """tokens, positions [tokens] int64 -> hidden states after the last norm [tokens, hidden].
 
         A position counts from the start of the token's own sequence.
         """
-        x = functional.embedding(tokens, self.embedding)
-        cos, sin = self.rope.angles(positions)
+        x = self.embedding.rows(tokens)
+        residual = torch.zeros_like(x)
+        angles = self.rope.angles(positions)
         for layer in self.layers:
-            x = layer(x, cos, sin, attend)
-        return self.norm(x)  # type: ignore[no-any-return]
+            x = layer(x, residual, angles, attend)
+        return self.ops.add_norm(x, residual, self.norm.weight, self.norm.eps)
+
+    @property
+    def bytes(self) -> int:
+        """What its matrices take, the embedding too."""
+        return sum(linear.bytes for linear in {self.head, self.embedding, *self.linears()})
+
+    def linears(self) -> Iterator[Linear]:
+        """All but the head, in order."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            yield from (layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [rows, hidden] -> [rows, vocab] float32. Pass only the rows that sample."""
-        return functional.linear(hidden, self.head).float()
+        return self.head(hidden).float()
 
-    def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor of a Hugging Face checkpoint and the part of a parameter that it fills."""
-        yield "model.embed_tokens.weight", self.embedding
+    def checkpoint_parts(self) -> Parts:
+        """Each tensor of a Hugging Face checkpoint and its place here."""
+        yield from _stacked(self.embedding, "model.", {"embed_tokens": self.config.vocab_size})
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
-            yield from layer.checkpoint_tensors(f"model.layers.{number}.")
-        yield "model.norm.weight", self.norm.weight
+            yield from layer.parts(f"model.layers.{number}.")
+        yield from self.norm.parts("model.norm")
         if not self.config.tied:
-            yield "lm_head.weight", self.head
+            yield from _stacked(self.head, "", {"lm_head": self.config.vocab_size})
 
 
-def _parts(linear: Linear, names: list[str], rows: list[int]) -> Iterator[tuple[str, Tensor]]:
+def _stacked(linear: Linear, prefix: str, rows: dict[str, int]) -> Parts:
     """Weight, and bias if any, of each matrix stacked in one Linear."""
-    begin = 0
-    for name, count in zip(names, rows, strict=True):
-        yield f"{name}.weight", linear.weight[begin : begin + count]
-        if linear.bias is not None:
-            yield f"{name}.bias", linear.bias[begin : begin + count]
-        begin += count
+    first = 0
+    for name, count in rows.items():
+        yield f"{prefix}{name}.weight", Part((count, linear.inputs), partial(linear.fill, first))
+        if linear.biased:
+            yield f"{prefix}{name}.bias", Part((count,), partial(linear.fill_bias, first))
+        first += count

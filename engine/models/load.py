@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,17 @@ import torch
 
 from cluster.errors import BadModel, StartError
 from cluster.model import DTYPES, ModelConfig, load_config
+from engine.backend import choose_ops, find_device
+from engine.memory import check_weights
 from engine.models.decoder import Decoder
+from engine.ops import Ops, TorchOps
 from engine.weights import Checkpoint, Shape
 
 Progress = Callable[[int, int], None]
 """(bytes done, bytes in all), called after each tensor."""
 
 LOAD_FORMATS: Final = ("auto", "dummy")
+_STORED: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _EMBEDDING: Final = "model.embed_tokens.weight"
 _HEAD: Final = "lm_head.weight"
 _DUMMY_SCALE: Final = 0.02
@@ -37,6 +42,9 @@ def load_model(
     *,
     dtype: str = "auto",
     device: str = "cpu",
+    kernels: str = "auto",
+    quantization: str = "none",
+    block_size: int = 16,
     load_format: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
@@ -50,32 +58,29 @@ def load_model(
         raise StartError(f"load format {load_format!r} is not one of {', '.join(LOAD_FORMATS)}")
     if dtype not in ("auto", *DTYPES):
         raise StartError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    place = _device(device)
+    place = find_device(device)
     config = load_config(directory)
     report = progress or (lambda done, total: None)
-    if load_format == "dummy":
-        model = _allocate(config, _dtype(dtype, config.dtype, place), place)
+    checkpoint = None
+    stored = config.dtype
+    if load_format == "auto":
+        checkpoint = Checkpoint(directory)
+        checkpoint.require(_shapes(config), _ignored(config))
+        stored = stored or _STORED[checkpoint.tensors[_EMBEDDING].dtype]
+    chosen = _dtype(dtype, stored, place)
+    ops = choose_ops(config, place, chosen, kernels, quantization, block_size)
+    model = _allocate(config, ops)
+    check_weights(model)
+    if checkpoint is None:
         _fill_random(model, seed, report)
-        return LoadedModel(model, config, f"dummy:{seed}")
-    checkpoint = Checkpoint(directory)
-    checkpoint.require(_shapes(config), _ignored(config))
-    stored = checkpoint.tensors[_EMBEDDING].dtype
-    known = config.dtype or {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[stored]
-    model = _allocate(config, _dtype(dtype, known, place), place)
+        return LoadedModel(model, config, _named(_dummy_digest(seed, place), quantization))
     _fill(model, checkpoint, report)
-    return LoadedModel(model, config, checkpoint.digest())
+    return LoadedModel(model, config, _named(checkpoint.digest(), quantization))
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise StartError(f"device {name!r} is unknown (cpu, cuda, cuda:1, ...)") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise StartError(f"device {name!r} is not available: torch sees no GPU")
-    if device.type not in ("cpu", "cuda"):
-        raise StartError(f"device {name!r} is not supported (cpu, cuda)")
-    return device
+def _named(digest: str, quantization: str) -> str:
+    """Quantised weights are others: their KV goes to no worker that has the whole ones."""
+    return digest if quantization == "none" else f"{digest}:{quantization}"
 
 
 def _dtype(asked: str, stored: str, device: torch.device) -> torch.dtype:
@@ -88,8 +93,8 @@ def _dtype(asked: str, stored: str, device: torch.device) -> torch.dtype:
 
 def _shapes(config: ModelConfig) -> dict[str, Shape]:
     """What the checkpoint must hold, found on the meta device: no memory is taken."""
-    model = Decoder(config, torch.float32, "meta")
-    return {name: tuple(part.shape) for name, part in model.checkpoint_tensors()}
+    model = Decoder(config, TorchOps(torch.float32, "meta"))
+    return {name: part.shape for name, part in model.checkpoint_parts()}
 
 
 def _ignored(config: ModelConfig) -> frozenset[str]:
@@ -100,23 +105,25 @@ def _ignored(config: ModelConfig) -> frozenset[str]:
     return frozenset(frequencies | ({_HEAD} if config.tied else set()))
 
 
-def _allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decoder:
+def _allocate(config: ModelConfig, ops: Ops) -> Decoder:
     try:
-        return Decoder(config, dtype, device).eval()
-    except RuntimeError as error:  # torch has no narrower one for the CPU
-        meta = Decoder(config, dtype, "meta")
-        size = sum(p.numel() * p.element_size() for p in meta.parameters())
-        raise StartError(f"{size / 1e9:.1f} GB of weights do not fit on {device}") from error
+        return Decoder(config, ops).eval()
+    except (RuntimeError, MemoryError) as error:  # torch has no narrower one for the CPU
+        size = sum(math.prod(shape) for shape in _shapes(config).values()) * ops.dtype.itemsize
+        raise StartError(
+            f"about {size / 1e9:.1f} GB of weights do not fit on {ops.device}: a smaller model, "
+            "or --quantization int8"
+        ) from error
 
 
 @torch.inference_mode()
 def _fill(model: Decoder, checkpoint: Checkpoint, report: Progress) -> None:
-    parts = dict(model.checkpoint_tensors())
+    parts = dict(model.checkpoint_parts())
     total = sum(checkpoint.tensors[name].bytes for name in parts)
     done = 0
     for name, part in parts.items():
         tensor = checkpoint.read(name)
-        part.copy_(tensor)
+        part.fill(tensor)
         if name == _EMBEDDING and model.config.tied and _HEAD in checkpoint.tensors:
             _check_tied(checkpoint, tensor)
         del tensor  # its mapping goes before the next one is made
@@ -136,16 +143,30 @@ def _check_tied(checkpoint: Checkpoint, embedding: torch.Tensor) -> None:
 
 @torch.inference_mode()
 def _fill_random(model: Decoder, seed: int, report: Progress) -> None:
-    """The same weights on every device: drawn on the CPU in float32, part by part."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = dict(model.checkpoint_tensors())
-    total = sum(part.numel() * part.element_size() for part in parts.values())
+    """Drawn part by part in float32, on the CPU unless the model is on a GPU: eight billion numbers
+    take a core a minute."""
+    place = _drawn_on(model.ops.device)
+    generator = torch.Generator(place).manual_seed(seed)
+    parts = dict(model.checkpoint_parts())
+    total = 4 * sum(math.prod(part.shape) for part in parts.values())
     done = 0
     for name, part in parts.items():
         if name.endswith("norm.weight"):
-            part.fill_(1.0)
+            drawn = torch.ones(part.shape, device=place)
         else:
-            drawn = torch.empty(part.shape).uniform_(-1.0, 1.0, generator=generator)
-            part.copy_(drawn.mul_(_DUMMY_SCALE))
-        done += part.numel() * part.element_size()
+            drawn = torch.empty(part.shape, device=place).uniform_(-1.0, 1.0, generator=generator)
+            drawn.mul_(_DUMMY_SCALE)
+        part.fill(drawn)
+        done += drawn.nbytes
         report(done, total)
+
+
+def _drawn_on(device: torch.device) -> torch.device:
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def _dummy_digest(seed: int, device: torch.device) -> str:
+    """The CPU draws the same numbers everywhere, a GPU those of its kind."""
+    if _drawn_on(device).type == "cpu":
+        return f"dummy:{seed}"
+    return f"dummy:{seed}:{torch.cuda.get_device_name(device)}"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from decode.attention import DecodeAttention
+from engine.layers.attention import written
 from tests.engine.pages import WINDOWS, Pages
 
 SHAPES = {
@@ -25,14 +26,14 @@ def test_equals_dense_attention(
 ) -> None:
     pages = Pages.of(shapes, *heads, layer, block_size)
     attend = DecodeAttention(pages.cache, pages.batch, WINDOWS)
-    out = attend(layer, pages.q, pages.k, pages.v)
+    out = attend(layer, written(pages.q, pages.k, pages.v))
     torch.testing.assert_close(out.double(), pages.expected(WINDOWS[layer]), rtol=1e-5, atol=1e-5)
 
 
 def test_a_nan_of_one_sequence_stays_with_it() -> None:
     pages = Pages.of([(2, 1), (40, 1), (3, 1)], 4, 2, 0, block_size=4)
-    theirs = pages.batch.segments[1].slots[:40]
+    theirs = pages.batch.block_table[1, :10].long()[:, None] * 4 + torch.arange(4)
     pages.cache.keys(0)[theirs] = pages.cache.values(0)[theirs] = float("nan")
     attend = DecodeAttention(pages.cache, pages.batch, WINDOWS)
-    out = attend(0, pages.q, pages.k, pages.v)
+    out = attend(0, written(pages.q, pages.k, pages.v))
     assert out.isnan().flatten(1).any(1).tolist() == [False, True, False]

@@ -52,6 +52,7 @@ class Room:
             max_sequences=max_sequences,
             clock=lambda: self.now,
         )
+        self.steps = loop.Steps(self.stage, self.runner)
         self.replies: list[Fields] = []
 
     def tell(self, *orders: Any, session: int = 1) -> None:
@@ -63,7 +64,7 @@ class Room:
         return [event for _, event in self.stage.mail()]
 
     def step(self) -> list[Any]:
-        loop.step(self.stage, self.runner)
+        self.steps.step()
         self.now += 1.0
         assert not self.runner.faults, self.runner.faults
         return self.mail()

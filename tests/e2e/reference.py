@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.messages import Request, Sampling
-from engine.layers.attention import make_dense_attend
+from engine.layers.attention import DenseCache
 from engine.models.decoder import Decoder
 from engine.models.load import load_model
 from engine.sampler import sample
@@ -41,7 +41,7 @@ class OneProcess:
     """Our model and sampler without pages, batches, chunks or a second process."""
 
     def __init__(self, directory: Path) -> None:
-        self._model: Decoder = load_model(directory).model
+        self._model: Decoder = load_model(directory, kernels="torch").model
 
     @torch.inference_mode()
     def answer(self, prompt: list[int], count: int, choice: int = 0, **fields: Any) -> list[int]:
@@ -50,11 +50,11 @@ class OneProcess:
         logit_bias = tuple((int(token), float(value)) for token, value in bias.items())
         sampling = Sampling(max_tokens=count, logit_bias=logit_bias, choice=choice, **fields)
         sequence = Sequence(Request("reference", tuple(prompt), sampling), 1, 0, 0.0)
-        attend = make_dense_attend(self._model.config)
+        cache = DenseCache(self._model.config)
         while sequence.next_index < count:
             tokens = torch.tensor(sequence.tokens[sequence.computed :])
             positions = torch.arange(sequence.computed, len(sequence.tokens))
-            hidden = self._model(tokens, positions, attend)
+            hidden = self._model(tokens, positions, cache.attend(len(tokens)))
             sequence.computed = len(sequence.tokens)
             [sampled] = sample(self._model.logits(hidden[-1:]), [sequence])
             sequence.tokens.append(sampled.token)

@@ -12,6 +12,7 @@ from cluster.messages import KVLayout, LayerGroup, Request
 from engine.batch import Batch, Chunk, Plan
 from engine.blocks import Block
 from engine.cache import KVCache
+from engine.layers.attention import written
 from engine.sequence import Sequence
 
 WINDOWS = (0, 5)
@@ -66,7 +67,7 @@ class Pages:
             sequence.computed = before
             k, v = torch.randn((2, before + rows, kv_heads, HEAD_DIM), generator=random)
             slots = torch.from_numpy(cache.slots_of(sequence.blocks, 0, before))
-            cache.write(layer, slots, k[:before], v[:before])
+            written(k, k[:before], v[:before])(cache.keys(layer), cache.values(layer), slots)
             chunks.append(Chunk(sequence, rows))
             parts.append((before, k, v))
             new.append((k[before:], v[before:]))
@@ -81,7 +82,7 @@ class Pages:
         )
 
     def expected(self, window: int) -> Tensor:
-        rows = [segment.rows for segment in self.batch.segments]
+        rows = [self.batch.rows_of(segment) for segment in range(len(self.parts))]
         return torch.cat(
             [
                 dense(self.q[at], k, v, first, window)

@@ -34,15 +34,15 @@ def test_a_mixed_step_as_tensors() -> None:
     assert batch.positions.tolist() == [4, 1, 2, 3, 4]
     assert batch.slots.tolist() == [8, 21, 6, 7, 28]
     assert batch.single == 2
-    assert [segment.slots.tolist() for segment in batch.segments] == [
-        [24, 25, 26, 27, 8],
-        [20, 21],
-        [4, 5, 6, 7, 28],
-    ]
-    assert [(s.rows, s.count, s.context) for s in batch.segments] == [
-        (slice(0, 1), 1, 5),
-        (slice(1, 2), 1, 2),
-        (slice(2, 5), 3, 5),
+    assert batch.block_table[0].tolist() == [6, 2]
+    assert batch.block_table[1, :1].tolist() == [5]
+    assert batch.block_table[2].tolist() == [1, 7]
+    assert batch.starts.tolist() == [0, 1, 2, 5] and batch.counts == (1, 1, 3)
+    assert batch.contexts.tolist() == [5, 2, 5] and batch.lengths == (5, 2, 5)
+    assert [batch.rows_of(segment) for segment in range(3)] == [
+        slice(0, 1),
+        slice(1, 2),
+        slice(2, 5),
     ]
     assert batch.sampled_rows.tolist() == [0, 1]
     assert batch.samples == (old, young)

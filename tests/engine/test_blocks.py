@@ -115,7 +115,7 @@ class PoolMachine(RuleBasedStateMachine):
         owned = {b for group in self.owned for b in group}
         promised = {b for group in self.promised for b in group}
         before = self.pool.counts()
-        assert self.pool.writable(block) == (block in promised)
+        assert self.pool.writable([block]) == (block in promised)
         if block not in owned:
             for verb in (self.pool.hold, lambda b: self.pool.release([b])):
                 with pytest.raises(AssertionError):

@@ -9,6 +9,7 @@ import torch
 from cluster.messages import KVLayout, LayerGroup
 from engine.blocks import Block
 from engine.cache import KVCache, group_spans
+from engine.layers.attention import written
 
 GROUPS = (LayerGroup(2, 2, 4), LayerGroup(3, 1, 6, window=8))
 
@@ -38,7 +39,7 @@ def test_written_keys_and_values_are_seen_at_their_slots() -> None:
     cache = KVCache(KVLayout(GROUPS, "float32"), blocks=4, block_size=4)
     slots = torch.from_numpy(cache.slots_of(blocks(2, 1), 2, 6))
     k, v = torch.randn(4, 1, 6), torch.randn(4, 1, 6)
-    cache.write(3, slots, k, v)
+    written(k, k, v)(cache.keys(3), cache.values(3), slots)
     assert torch.equal(cache.keys(3)[slots], k)
     assert torch.equal(cache.values(3)[slots], v)
     assert cache.keys(3).shape == (16, 1, 6)

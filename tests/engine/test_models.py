@@ -15,14 +15,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.errors import BadModel, StartError
 from cluster.model import ModelConfig, RopeConfig, load_config
-from engine.layers.attention import causal_attention_reference, make_dense_attend
+from engine.layers.attention import Attend, DenseCache, Write, causal_attention_reference, written
 from engine.models.decoder import Decoder
 from engine.models.load import load_model
+from engine.ops import TorchOps
+from engine.weights import Checkpoint
 from tests.checkpoints import ARCHITECTURES, build
+from tests.native import needs_native
 
 TOLERANCE = 1e-4  # of the largest logit
 PROMPT = 40
 STEPS = 32
+KERNELS = ["torch", pytest.param("native", marks=needs_native)]
 
 
 @pytest.fixture(autouse=True)
@@ -45,20 +49,20 @@ def _error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _logits(model: Decoder, tokens: Tensor) -> Tensor:
-    hidden = model(tokens, torch.arange(len(tokens)), make_dense_attend(model.config))
+    hidden = model(tokens, torch.arange(len(tokens)), DenseCache(model.config).attend(len(tokens)))
     return model.logits(hidden)
 
 
-def _same_as_transformers(directory: Path) -> None:
-    ours, theirs = load_model(directory).model, _theirs(directory)
-    attend = make_dense_attend(ours.config)
+def _same_as_transformers(directory: Path, kernels: str = "torch") -> None:
+    ours, theirs = load_model(directory, kernels=kernels).model, _theirs(directory)
+    cache = DenseCache(ours.config)
     tokens = _prompt(ours.config.vocab_size)
     start = 0
     with torch.inference_mode():
         kept = None
         for step in range(1 + STEPS):
             positions = torch.arange(start, start + len(tokens))
-            got = ours.logits(ours(tokens, positions, attend))
+            got = ours.logits(ours(tokens, positions, cache.attend(len(tokens))))
             out = theirs(tokens[None], past_key_values=kept, use_cache=True)
             kept, wanted = out.past_key_values, out.logits[0]
             assert got.dtype == torch.float32 and got.shape == wanted.shape
@@ -68,9 +72,10 @@ def _same_as_transformers(directory: Path) -> None:
             tokens = wanted[-1:].argmax(dim=-1)
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    _same_as_transformers(build(name, tmp_path))
+def test_logits_are_those_of_transformers(name: str, kernels: str, tmp_path: Path) -> None:
+    _same_as_transformers(build(name, tmp_path), kernels)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -111,13 +116,28 @@ CHANGES: dict[str, Callable[[ModelConfig], ModelConfig]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_part_left_out_shows(name: str, tmp_path: Path) -> None:
     right = load_model(build(name, tmp_path)).model
-    wrong = Decoder(CHANGES[name](right.config), torch.float32)
-    parts = dict(right.checkpoint_tensors())
-    for key, part in wrong.checkpoint_tensors():
-        part.copy_(parts[key])
+    wrong = Decoder(CHANGES[name](right.config), TorchOps(torch.float32))
+    checkpoint = Checkpoint(tmp_path)
+    with torch.inference_mode():
+        for key, part in wrong.checkpoint_parts():
+            part.fill(checkpoint.read(key))
     tokens = _prompt(right.config.vocab_size)
     with torch.inference_mode():
         assert _error(_logits(wrong, tokens), _logits(right, tokens)) > 100 * TOLERANCE
+
+
+def _packed(caches: list[DenseCache], chunks: list[Tensor]) -> Attend:
+    """The attention of several sequences' chunks, one after another in one forward."""
+    sizes = [len(chunk) for chunk in chunks]
+    attends = [cache.attend(size) for cache, size in zip(caches, sizes, strict=True)]
+
+    def attend(layer: int, write: Write) -> Tensor:
+        keys, values = torch.empty((2, sum(sizes), *caches[0].shape))
+        q = write(keys, values, torch.arange(sum(sizes)))
+        parts = zip(attends, *(x.split(sizes) for x in (q, keys, values)), strict=True)
+        return torch.cat([one(layer, written(*part)) for one, *part in parts if len(part[0])])
+
+    return attend
 
 
 @pytest.mark.parametrize("name", ["llama-odd-heads", "mistral-window"])
@@ -126,25 +146,12 @@ def test_packed_and_chunked_sequences_equal_solo_ones(name: str, tmp_path: Path)
     first, second = _prompt(300, 13, seed=2), _prompt(300, 21, seed=3)
     with torch.inference_mode():
         solo = torch.cat((_logits(model, first), _logits(model, second)))
-        attends = [make_dense_attend(model.config), make_dense_attend(model.config)]
+        caches = [DenseCache(model.config), DenseCache(model.config)]
         rows: list[list[Tensor]] = [[], []]
         for begin, end in ((0, 5), (5, 13), (13, 21)):
             chunks = [first[begin:end], second[begin:end]]
-
-            def attend(
-                layer: int, *qkv: Tensor, sizes: tuple[int, ...] = tuple(map(len, chunks))
-            ) -> Tensor:
-                parts = zip(*(x.split(sizes) for x in qkv), strict=True)
-                return torch.cat(
-                    [
-                        one(layer, *part)
-                        for one, part in zip(attends, parts, strict=True)
-                        if len(part[0])
-                    ]
-                )
-
             positions = torch.cat([torch.arange(begin, begin + len(chunk)) for chunk in chunks])
-            logits = model.logits(model(torch.cat(chunks), positions, attend))
+            logits = model.logits(model(torch.cat(chunks), positions, _packed(caches, chunks)))
             for kept, part in zip(rows, logits.split([len(c) for c in chunks]), strict=True):
                 kept.append(part)
         packed = torch.cat([torch.cat(kept) for kept in rows])
@@ -173,8 +180,8 @@ def test_reference_attention_by_its_definition(
 
 def test_dtype_is_float32_on_the_cpu_unless_asked(tmp_path: Path) -> None:
     build("qwen3", tmp_path, dtype="bfloat16")
-    assert load_model(tmp_path).model.dtype == torch.float32
-    half = load_model(tmp_path, dtype="bfloat16").model
+    assert load_model(tmp_path, kernels="torch").model.ops.dtype == torch.float32
+    half = load_model(tmp_path, dtype="bfloat16", kernels="torch").model
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     whole = load_model(tmp_path).model
     tokens = _prompt(300)
@@ -184,7 +191,7 @@ def test_dtype_is_float32_on_the_cpu_unless_asked(tmp_path: Path) -> None:
 
 
 def test_matrices_are_held_once(tmp_path: Path) -> None:
-    loaded = load_model(build("qwen2-tied", tmp_path))
+    loaded = load_model(build("qwen2-tied", tmp_path), kernels="torch")
     held = sum(p.untyped_storage().nbytes() for p in loaded.model.parameters())
     stored = sum(t.nbytes for t in load_file(tmp_path / "model.safetensors").values())
     assert held == stored
@@ -233,6 +240,9 @@ def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path: Path) -> None:
         ({"device": "nowhere"}, "device 'nowhere'"),
         ({"device": "meta"}, "device 'meta' is not supported"),
         ({"load_format": "pt"}, "load format 'pt'"),
+        ({"kernels": "fast"}, "--kernels: 'fast' is not one of auto, torch, native, triton"),
+        ({"quantization": "fp8"}, "--quantization: 'fp8' is not one of none, int8"),
+        ({"quantization": "int8", "kernels": "torch"}, "needs --kernels native"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, str], message: str, tmp_path: Path) -> None:

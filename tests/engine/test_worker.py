@@ -83,8 +83,11 @@ class Worker:
         self.config = WorkerConfig(**{"join": ("yes",), **options})
 
     async def live(self) -> None:
-        runner: Any = None
-        await worker._live(self.config, self.stopping, self.service, self.room, runner, self.inbox)
+        def run(tell: loop.Tell) -> None:
+            runner: Any = None
+            loop.run(self.room.stage, runner, self.inbox, tell)
+
+        await worker._live(self.config, self.stopping, self.service, self.room, run, self.inbox)
 
 
 async def test_told_to_stop_while_it_loads_it_ends_at_once(

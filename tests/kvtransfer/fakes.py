@@ -12,7 +12,7 @@ from engine.blocks import Block, BlockPool
 from engine.cache import KVCache
 from kvtransfer.frames import Ack, Buffer, Fields, Manifest, Sealed
 from kvtransfer.landing import Landings
-from kvtransfer.link import FramedLink
+from kvtransfer.link import Fill, FramedLink
 from kvtransfer.receiver import Arrived, Receiver
 
 LAYOUT = KVLayout((LayerGroup(2, 2, 4), LayerGroup(1, 3, 2, window=8)), "float32")
@@ -83,6 +83,15 @@ class MemoryWire:
 
 def memory_link(host: MemoryHost, mine: Hello | None = None, **options: float) -> FramedLink:
     return FramedLink(MemoryWire(host), mine or prefill_hello(), DECODE_PEER, **options)
+
+
+def put(body: bytes) -> Fill:
+    """Fills a room with `body`."""
+
+    def fill(room: memoryview) -> None:
+        room[:] = body
+
+    return fill
 
 
 class Yes:

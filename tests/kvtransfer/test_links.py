@@ -23,8 +23,10 @@ from kvtransfer.frames import (
     combined,
     digest_of,
 )
-from kvtransfer.link import Credit, FramedLink
+from kvtransfer.link import Credit, FramedLink, Heap
+from kvtransfer.nearest import Nearest
 from kvtransfer.receiver import Receiver
+from kvtransfer.shared_memory import SharedMemoryHost, SharedMemoryWire
 from kvtransfer.zeromq import ZmqHost, ZmqWire
 from tests.kvtransfer.fakes import (
     DECODE_PEER,
@@ -34,6 +36,7 @@ from tests.kvtransfer.fakes import (
     Yes,
     hello,
     prefill_hello,
+    put,
 )
 
 ADDRESS = Address("ab" * 16, 1, DECODE_PEER.incarnation, 1)
@@ -45,30 +48,49 @@ def chunk(index: int = 0) -> Chunk:
     return Chunk(ADDRESS, index, BOX, "float32")
 
 
+def anything(room: memoryview) -> None:
+    """For bodies whose content does not matter."""
+
+
 class Rig:
     """One receiver behind some transport, and links to it."""
 
     def __init__(self, kind: str) -> None:
         self.stage = Yes()
+        self.kind = kind
         loop = asyncio.get_running_loop()
         self.receiver = Receiver(hello(), self.stage, loop.call_soon_threadsafe, CREDIT)
         self.links: list[FramedLink] = []
-        self.host: MemoryHost | ZmqHost
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.hosts: list[MemoryHost | ZmqHost | SharedMemoryHost] = []
         if kind == "memory":
-            self.host = MemoryHost(self.receiver)
-        else:
-            self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-            self.host = ZmqHost(self.context, self.receiver)
-            self.host.start()
+            self.hosts.append(MemoryHost(self.receiver))
+        if kind in ("zeromq", "far"):
+            self.zmq = ZmqHost(self.context, self.receiver)
+            self.zmq.start()
+            self.hosts.append(self.zmq)
+        if kind in ("shared memory", "near"):
+            near = SharedMemoryHost(self.receiver)
+            near.start(DECODE_PEER)
+            self.hosts.append(near)
 
     def link(
         self, mine: Hello | None = None, peer: Peer = DECODE_PEER, timeout: float = 5.0
     ) -> FramedLink:
-        if isinstance(self.host, MemoryHost):
-            wire: MemoryWire | ZmqWire = MemoryWire(self.host)
+        mine = mine or prefill_hello()
+        near = SharedMemoryWire(DECODE_PEER, 1 << 20)
+        if self.kind == "memory":
+            assert isinstance(self.hosts[0], MemoryHost)
+            link = FramedLink(MemoryWire(self.hosts[0]), mine, peer, answer_timeout=timeout)
+        elif self.kind == "shared memory":
+            link = FramedLink(near, mine, peer, rooms=near, answer_timeout=timeout)
+        elif self.kind == "zeromq":
+            wire = ZmqWire(self.context, self.zmq.address)
+            link = FramedLink(wire, mine, peer, answer_timeout=timeout)
         else:
-            wire = ZmqWire(self.context, self.host.address)
-        link = FramedLink(wire, mine or prefill_hello(), peer, answer_timeout=timeout)
+            address = self.zmq.address if self.kind == "far" else "tcp://nowhere"
+            nearest = Nearest(near, ZmqWire(self.context, address))
+            link = FramedLink(nearest, mine, peer, rooms=nearest, answer_timeout=timeout)
         self.links.append(link)
         return link
 
@@ -88,15 +110,18 @@ class Rig:
 
         self.receiver.take = altered  # type: ignore[method-assign]
 
+    def end_hosts(self) -> None:
+        for host in self.hosts:
+            host.close()
+
     def close(self) -> None:
         for link in self.links:
             link.close()
-        self.host.close()
-        if isinstance(self.host, ZmqHost):
-            self.context.term()
+        self.end_hosts()
+        self.context.term()
 
 
-@pytest.fixture(params=["memory", "zeromq"])
+@pytest.fixture(params=["memory", "zeromq", "shared memory", "near", "far"])
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     rig = Rig(request.param)
     yield rig
@@ -107,7 +132,7 @@ async def test_a_chunk_arrives_as_it_was_read_and_its_digest_comes_back(rig: Rig
     link = await rig.opened()
     small, large = b"tiny", bytes(range(256)) * 1000
     for index, body in enumerate((small, large, b"")):
-        digest = await link.send(chunk(index), len(body), lambda body=body: body)  # type: ignore[misc]
+        digest = await link.send(chunk(index), len(body), put(body))
         assert digest == digest_of(body)
         arrived = rig.stage.arrived[index]
         assert (arrived.fields, arrived.digest) == (chunk(index), digest)
@@ -119,7 +144,7 @@ async def test_many_sends_at_once_are_each_answered(rig: Rig) -> None:
     bodies = [bytes([index]) * 70_000 for index in range(40)]
     async with asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(link.send(chunk(index), len(body), lambda body=body: body))  # type: ignore[misc]
+            group.create_task(link.send(chunk(index), len(body), put(body)))
             for index, body in enumerate(bodies)
         ]
     assert [task.result() for task in tasks] == [digest_of(body) for body in bodies]
@@ -133,7 +158,7 @@ async def test_opening_again_does_nothing_and_at_once_shares_one_handshake(rig: 
     await asyncio.gather(link.open(), link.open(), link.open())
     await link.open()
     assert rig.receiver.counters["evicted"] == 0
-    await link.send(chunk(), 1, lambda: b"x")
+    await link.send(chunk(), 1, put(b"x"))
 
 
 async def test_a_caller_that_gives_up_opening_does_not_spoil_it_for_others(rig: Rig) -> None:
@@ -143,14 +168,14 @@ async def test_a_caller_that_gives_up_opening_does_not_spoil_it_for_others(rig: 
     second = asyncio.create_task(link.open())
     first.cancel()
     await second
-    await link.send(chunk(), 1, lambda: b"x")
+    await link.send(chunk(), 1, put(b"x"))
 
 
 async def test_sealing_and_renewing(rig: Rig) -> None:
     link = await rig.opened()
     manifest = Manifest(ADDRESS, 3, range(5), combined([]))
     await link.renew(Renew(ADDRESS))
-    await link.seal(manifest)
+    assert await link.seal(manifest)
     assert [arrived.fields for arrived in rig.stage.arrived] == [Renew(ADDRESS), manifest]
 
 
@@ -159,18 +184,80 @@ async def test_what_the_peer_rejects_fails_with_its_reason_and_the_link_lives(ri
     rig.stage.answer = lambda arrived: (Reject(), "stale generation")
     manifest = Manifest(ADDRESS, 0, range(0), combined([]))
     for verb in (
-        lambda: link.send(chunk(), 1, lambda: b"x"),
+        lambda: link.send(chunk(), 1, put(b"x")),
         lambda: link.renew(Renew(ADDRESS)),
         lambda: link.seal(manifest),
     ):
         with pytest.raises(TransferFailed, match="d: stale generation"):
             await verb()
     rig.stage.answer = lambda arrived: (Ack(), "")
-    with pytest.raises(TransferFailed, match="chunks are missing"):
-        await link.seal(manifest)
+    assert not await link.seal(manifest)
     rig.stage.answer = lambda arrived: (Sealed(), "")
-    await link.seal(manifest)
+    assert await link.seal(manifest)
+    with pytest.raises(TransferFailed, match="d: Sealed is no answer to that"):
+        await link.renew(Renew(ADDRESS))
     assert not link.lost
+
+
+async def test_what_is_asked_once_a_chunk_is_under_way_arrives_behind_it(rig: Rig) -> None:
+    link = await rig.opened()
+    rig.stage.silent = True
+    digests: list[int] = []
+    sending = asyncio.create_task(link.send(chunk(), 4, put(b"good"), digests.append))
+    while not digests:
+        await asyncio.sleep(0)
+    assert digests == [digest_of(b"good")]
+    rig.stage.silent = False
+    await link.renew(Renew(ADDRESS))
+    assert [type(arrived.fields) for arrived in rig.stage.arrived] == [Chunk, Renew]
+    rig.stage.arrived[0].reply(Ack(), "")
+    assert await sending == digests[0]
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+async def test_the_memory_of_a_body_is_nobody_elses_before_its_answer(
+    rig: Rig, given_up: bool
+) -> None:
+    link = await rig.opened()
+    rig.stage.silent = True
+    rooms: list[memoryview] = []
+
+    def fill(content: bytes) -> Callable[[memoryview], None]:
+        def fill(room: memoryview) -> None:
+            room[:] = content
+            rooms.append(room)
+
+        return fill
+
+    sends = [asyncio.create_task(link.send(chunk(i), 3, fill(b"%03d" % i))) for i in range(5)]
+    while len(rig.stage.arrived) < 5:
+        await asyncio.sleep(0)
+    if given_up:
+        for task in sends:
+            task.cancel()
+        await asyncio.wait(sends)
+    others = [asyncio.create_task(link.send(chunk(i), 3, fill(b"new"))) for i in range(5, 9)]
+    while len(rig.stage.arrived) < 9:
+        await asyncio.sleep(0)
+    assert [bytes(room) for room in rooms[:5]] == [b"%03d" % i for i in range(5)]
+    for arrived in rig.stage.arrived:
+        arrived.reply(Ack(), "")
+    await asyncio.gather(*others)
+    if not given_up:
+        await asyncio.gather(*sends)
+
+
+async def test_a_body_that_cannot_be_read_costs_no_credit(rig: Rig) -> None:
+    link = await rig.opened()
+
+    def fail(room: memoryview) -> None:
+        raise RuntimeError("no KV")
+
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="no KV"):
+            await link.send(chunk(), CREDIT, fail)
+    await link.send(chunk(), CREDIT, anything)
+    assert len(rig.stage.arrived) == 1
 
 
 def flip(parts: list[bytes]) -> list[bytes]:
@@ -188,7 +275,7 @@ async def test_a_damaged_body_is_sent_again_twice_and_never_taken(rig: Rig, dama
         return flip(parts) if left >= 0 else parts
 
     rig.alter(change)
-    sending = link.send(chunk(), 4, lambda: b"good")
+    sending = link.send(chunk(), 4, put(b"good"))
     if damaged <= 2:
         await sending
         assert [bytes(arrived.body) for arrived in rig.stage.arrived] == [b"good"]
@@ -204,7 +291,7 @@ async def test_a_peer_that_does_not_answer_is_lost(rig: Rig) -> None:
     link = await rig.opened(timeout=0.05)
     rig.stage.silent = True
     with pytest.raises(WorkerLost, match=r"no answer within 0\.05 s"):
-        await link.send(chunk(), 1, lambda: b"x")
+        await link.send(chunk(), 1, put(b"x"))
     assert link.lost
     with pytest.raises(WorkerLost):
         await link.renew(Renew(ADDRESS))
@@ -214,7 +301,7 @@ async def test_a_lost_frame_loses_the_link_and_nothing_is_half_taken(rig: Rig) -
     link = await rig.opened(timeout=0.05)
     rig.alter(lambda parts: None)
     with pytest.raises(WorkerLost):
-        await link.send(chunk(), 1, lambda: b"x")
+        await link.send(chunk(), 1, put(b"x"))
     assert rig.stage.arrived == []
 
 
@@ -265,7 +352,7 @@ async def test_another_name_behind_the_address_is_noticed(rig: Rig) -> None:
 async def test_a_new_start_evicts_the_old_one_which_cannot_come_back(rig: Rig) -> None:
     old = await rig.opened()
     rig.stage.silent = True
-    waiting = asyncio.create_task(old.send(chunk(), 1, lambda: b"x"))
+    waiting = asyncio.create_task(old.send(chunk(), 1, put(b"x")))
     while not rig.stage.arrived:
         await asyncio.sleep(0)
     new = await rig.opened(prefill_hello(peer=replace(PREFILL_PEER, incarnation=12)))
@@ -276,13 +363,13 @@ async def test_a_new_start_evicts_the_old_one_which_cannot_come_back(rig: Rig) -
     with pytest.raises(HandshakeRefused, match="incarnation 11 was replaced"):
         await rig.link().open()
     rig.stage.silent = False
-    await new.send(chunk(), 1, lambda: b"x")
+    await new.send(chunk(), 1, put(b"x"))
 
 
 async def test_the_same_start_may_connect_again(rig: Rig) -> None:
     first = await rig.opened()
     second = await rig.opened()
-    await second.send(chunk(), 1, lambda: b"x")
+    await second.send(chunk(), 1, put(b"x"))
     while not first.lost:
         await asyncio.sleep(0)
 
@@ -291,7 +378,7 @@ async def test_frames_from_an_evicted_link_are_dropped_and_counted(rig: Rig) -> 
     old = await rig.opened()
     rig.receiver._links.clear()
     with pytest.raises(WorkerLost, match="no handshake"):
-        await old.send(chunk(), 1, lambda: b"x")
+        await old.send(chunk(), 1, put(b"x"))
     assert rig.receiver.counters["fenced"] == 1
     assert rig.stage.arrived == []
 
@@ -300,10 +387,7 @@ async def test_credit_is_never_exceeded_and_all_gets_through(rig: Rig) -> None:
     link = await rig.opened()
     rig.stage.silent = True
     size, total = 100_000, 12
-    sends = [
-        asyncio.create_task(link.send(chunk(index), size, lambda: bytes(size)))
-        for index in range(total)
-    ]
+    sends = [asyncio.create_task(link.send(chunk(index), size, anything)) for index in range(total)]
     for done in range(total):
         while len(rig.stage.arrived) == done:
             await asyncio.sleep(0)
@@ -316,11 +400,11 @@ async def test_credit_is_never_exceeded_and_all_gets_through(rig: Rig) -> None:
 async def test_credit_of_a_cancelled_send_comes_back_with_its_answer_only(rig: Rig) -> None:
     link = await rig.opened()
     rig.stage.silent = True
-    first = asyncio.create_task(link.send(chunk(0), CREDIT, lambda: bytes(CREDIT)))
+    first = asyncio.create_task(link.send(chunk(0), CREDIT, anything))
     while not rig.stage.arrived:
         await asyncio.sleep(0)
     first.cancel()
-    second = asyncio.create_task(link.send(chunk(1), 1, lambda: b"x"))
+    second = asyncio.create_task(link.send(chunk(1), 1, put(b"x")))
     await asyncio.wait([first])
     assert len(rig.stage.arrived) == 1
     rig.stage.silent = False
@@ -332,11 +416,11 @@ async def test_credit_of_a_cancelled_send_comes_back_with_its_answer_only(rig: R
 async def test_reading_is_not_called_after_cancel(rig: Rig) -> None:
     link = await rig.opened()
     rig.stage.silent = True
-    blocking = asyncio.create_task(link.send(chunk(0), CREDIT, lambda: bytes(CREDIT)))
+    blocking = asyncio.create_task(link.send(chunk(0), CREDIT, anything))
     while not rig.stage.arrived:
         await asyncio.sleep(0)
     read: list[int] = []
-    waiting = asyncio.create_task(link.send(chunk(1), 1, lambda: read.append(1) or b"x"))
+    waiting = asyncio.create_task(link.send(chunk(1), 1, lambda room: read.append(1)))
     await asyncio.sleep(0)
     waiting.cancel()
     rig.stage.arrived[0].reply(Ack(), "")
@@ -347,18 +431,16 @@ async def test_reading_is_not_called_after_cancel(rig: Rig) -> None:
 async def test_a_chunk_larger_than_all_credit_fails_at_once(rig: Rig) -> None:
     link = await rig.opened()
     with pytest.raises(TransferFailed, match=str(CREDIT)):
-        await link.send(chunk(), CREDIT + 1, lambda: bytes(CREDIT + 1))
+        await link.send(chunk(), CREDIT + 1, anything)
 
 
 async def test_the_receiver_going_away_loses_the_link_for_all_who_wait(rig: Rig) -> None:
     link = await rig.opened()
     rig.stage.silent = True
-    sends = [
-        asyncio.create_task(link.send(chunk(i), 150_000, lambda: bytes(150_000))) for i in range(4)
-    ]
+    sends = [asyncio.create_task(link.send(chunk(i), 150_000, anything)) for i in range(4)]
     while len(rig.stage.arrived) < 2:
         await asyncio.sleep(0)
-    rig.host.close()
+    rig.end_hosts()
     results = await asyncio.gather(*sends, return_exceptions=True)
     assert [type(result) for result in results] == [WorkerLost] * 4
     assert link.lost
@@ -367,9 +449,7 @@ async def test_the_receiver_going_away_loses_the_link_for_all_who_wait(rig: Rig)
 async def test_closing_ends_every_wait_and_may_be_repeated(rig: Rig) -> None:
     link = await rig.opened()
     rig.stage.silent = True
-    sends = [
-        asyncio.create_task(link.send(chunk(i), 200_000, lambda: bytes(200_000))) for i in range(3)
-    ]
+    sends = [asyncio.create_task(link.send(chunk(i), 200_000, anything)) for i in range(3)]
     while not rig.stage.arrived:
         await asyncio.sleep(0)
     link.close()
@@ -415,3 +495,39 @@ async def test_credit_served_and_cancelled_in_one_breath_is_given_back() -> None
     waiting.cancel()
     await asyncio.wait([waiting])
     assert credit.free == 10
+
+
+async def test_credit_beyond_what_is_calm_is_for_a_silent_peer_only() -> None:
+    credit = Credit(100, calm=20)
+    await credit.take(10)
+    await credit.take(10)
+    more = [asyncio.create_task(credit.take(10)) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert credit.free == 80
+    credit.give(10)  # it answers: one more
+    await asyncio.wait(more, return_when=asyncio.FIRST_COMPLETED)
+    assert credit.free == 80
+    await asyncio.gather(*more)  # it does not
+    assert credit.free == 60
+
+
+async def test_two_may_be_under_way_however_large() -> None:
+    credit = Credit(200, calm=20)
+    await credit.take(50)
+    await credit.take(50)
+    third = asyncio.create_task(credit.take(50))
+    await asyncio.sleep(0)
+    assert credit.free == 100
+    await third
+
+
+async def test_memory_is_used_again_where_the_transport_copies() -> None:
+    heap = Heap()
+    first = await heap.room(1000)
+    other = await heap.room(1000)
+    first[:] = b"1" * 1000
+    heap.free(first)
+    smaller = await heap.room(500)
+    assert bytes(first) == b"1" * 1000
+    assert (await heap.room(1000)) is first
+    assert smaller is not first and other is not first

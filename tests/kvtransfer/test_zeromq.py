@@ -19,8 +19,8 @@ from cluster.errors import HandshakeRefused, StartError, WorkerLost
 from kvtransfer.frames import MAX_BODY, Address, Box, Chunk, digest_of, encode
 from kvtransfer.link import FramedLink
 from kvtransfer.receiver import MAX_STRIKES, Receiver
-from kvtransfer.zeromq import ZmqHost, ZmqWire, link_to
-from tests.kvtransfer.fakes import DECODE_PEER, Yes, hello, prefill_hello
+from kvtransfer.zeromq import ZmqHost, ZmqWire
+from tests.kvtransfer.fakes import DECODE_PEER, Yes, hello, prefill_hello, put
 
 CHUNK = Chunk(
     Address("ab" * 16, 1, DECODE_PEER.incarnation, 1),
@@ -59,10 +59,10 @@ def link(context: Context, address: str, **options: float) -> FramedLink:
 
 
 async def test_a_body_at_the_limit_arrives_whole(context: Context, host: ZmqHost) -> None:
-    sender = link_to(context, host.address, prefill_hello(), DECODE_PEER)
+    sender = link(context, host.address)
     await sender.open()
     body = os.urandom(1 << 20) * (MAX_BODY >> 20)
-    assert await sender.send(CHUNK, len(body), lambda: body) == digest_of(body)
+    assert await sender.send(CHUNK, len(body), put(body)) == digest_of(body)
     sender.close()
 
 
@@ -110,7 +110,7 @@ async def test_junk_from_a_raw_socket_is_counted_and_cut(
     assert counters["bad_frames"] == MAX_STRIKES
     sender = link(context, host.address)
     await sender.open()
-    await sender.send(CHUNK, 1, lambda: b"x")
+    await sender.send(CHUNK, 1, put(b"x"))
     sender.close()
     told = dict(host.metrics())
     assert told[metrics.labelled(metrics.BAD_FRAMES, reason="malformed")] == MAX_STRIKES
@@ -132,7 +132,7 @@ async def test_an_oversized_message_costs_its_sender_the_connection_only(
     monitor.close()
     sender = link(context, host.address)
     await sender.open()
-    await sender.send(CHUNK, 1, lambda: b"x")
+    await sender.send(CHUNK, 1, put(b"x"))
     assert host._receiver.counters["bad_frames"] == 0
     sender.close()
 
@@ -165,7 +165,7 @@ async def test_a_receiver_that_dies_or_stops_loses_the_link(
         address = (await process.stdout.readline()).decode().strip()
         sender = link(context, address, answer_timeout=60.0)
         await sender.open()
-        sending = asyncio.create_task(sender.send(CHUNK, 1, lambda: b"x"))
+        sending = asyncio.create_task(sender.send(CHUNK, 1, put(b"x")))
         await asyncio.sleep(0)
         process.send_signal(how)
         with pytest.raises(WorkerLost, match="connection lost"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from prefill.attention import PrefillAttention
+from engine.layers.attention import written
 from tests.engine.pages import WINDOWS, Pages
 
 SHAPES = {
@@ -22,12 +23,13 @@ def test_equals_dense_attention(
 ) -> None:
     pages = Pages.of(shapes, *heads, layer, block_size=4)
     attend = PrefillAttention(pages.cache, pages.batch, WINDOWS)
-    out = attend(layer, pages.q, pages.k, pages.v)
+    out = attend(layer, written(pages.q, pages.k, pages.v))
     torch.testing.assert_close(out.double(), pages.expected(WINDOWS[layer]), rtol=1e-5, atol=1e-5)
 
 
 def test_it_stores_the_steps_keys_and_values() -> None:
     pages = Pages.of([(3, 4)], 2, 1, 1, block_size=4)
-    PrefillAttention(pages.cache, pages.batch, WINDOWS)(1, pages.q, pages.k, pages.v)
+    attend = PrefillAttention(pages.cache, pages.batch, WINDOWS)
+    attend(1, written(pages.q, pages.k, pages.v))
     assert torch.equal(pages.cache.keys(1)[pages.batch.slots], pages.k)
     assert torch.equal(pages.cache.values(1)[pages.batch.slots], pages.v)

@@ -58,6 +58,7 @@ class Room:
             chunk_bytes=chunk_bytes,
             clock=lambda: self.now,
         )
+        self.steps = loop.Steps(self.stage, self.runner)
 
     def tell(self, *orders: Any, session: int = 1) -> None:
         for order in orders:
@@ -66,7 +67,7 @@ class Room:
 
     def step(self) -> list[Any]:
         """One step, and what it had to say."""
-        loop.step(self.stage, self.runner)
+        self.steps.step()
         self.now += 1.0
         assert not self.runner.faults
         return [event for _, event in self.stage.mail()]

@@ -1,0 +1,1 @@
+"""The Triton kernels of the decode stage, and what its steps plan for them on the device."""

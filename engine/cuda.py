@@ -1,0 +1,320 @@
+"""CudaRunner: steps on a GPU, from captured graphs where the step has one row for each sequence.
+
+The host never waits inside a step: it fills a pinned buffer, queues one copy, the forward, and one
+copy back, and looks at the result when it is asked for the outcome. What the next step needs of
+this one, the sampled tokens, is already on the device, so that step can be queued before.
+
+    pinned inbox --copy--> device inbox --graph(size)--> logits, tokens --copy--> pinned outbox
+                           tokens, positions, slots, contexts, block table
+
+A graph is captured for a few sizes; a smaller batch is padded with rows of no context, which write
+nothing. Steps with prompt chunks are queued kernel by kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import accumulate, cycle
+
+import torch
+from torch import Tensor
+
+from cluster.messages import Request, Sampling
+from engine.batch import Attention, Batch
+from engine.kernels.sampling import sample
+from engine.kernels.sampling_tensors import Said, SamplingTensors
+from engine.layers.attention import Attend, Write
+from engine.loop import Outcome
+from engine.models.decoder import Decoder
+from engine.sampler import Sampled, is_plain, top_logprobs
+from engine.sequence import Sequence
+
+GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_NO_SLOT = -1  # a row that pads: its keys and values go nowhere
+_BUFFERS = 3  # two steps may be under way while a third is written
+
+
+class _Packed:
+    """Several integer tensors in one run of bytes, so that they travel in one copy."""
+
+    def __init__(self, shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        self._shapes = shapes
+        self.bytes = sum(_size(dtype, shape) for dtype, shape in shapes.values())
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Each tensor within `buffer` uint8 [bytes]."""
+        views, at = {}, 0
+        for name, (dtype, shape) in self._shapes.items():
+            size = _size(dtype, shape)
+            views[name] = buffer[at : at + size].view(dtype)[: _count(shape)].view(shape)
+            at += size
+        return views
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """In bytes, rounded up so that what follows is aligned for any dtype."""
+    return -(-_count(shape) * dtype.itemsize // 16) * 16
+
+
+def _of(batch: Batch) -> dict[str, Tensor]:
+    return {
+        "tokens": batch.tokens,
+        "positions": batch.positions,
+        "slots": batch.slots,
+        "sampled_rows": batch.sampled_rows,
+        "starts": batch.starts,
+        "contexts": batch.contexts,
+        "block_table": batch.block_table,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """A forward for `size` sequences with one row each, on tensors that stay where they are."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Tensor]
+    logits: Tensor
+    best: Tensor
+
+
+class _Inbox:
+    """Pinned buffers in turn, each reused once the copy from it is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._turns = cycle([_Pinned(device) for _ in range(_BUFFERS)])
+
+    def upload(self, packed: _Packed, values: dict[str, Tensor]) -> Tensor:
+        """uint8 [bytes] on the device, on its way."""
+        pinned = next(self._turns)
+        buffer = pinned.take(packed.bytes)
+        for name, view in packed.views(buffer).items():
+            view.copy_(values[name])
+        there = buffer.to(self._device, non_blocking=True)
+        pinned.used()
+        return there
+
+
+class _Pinned:
+    """One pinned buffer that grows. For the CPU, where the tests run, there is nothing to pin."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._done = torch.cuda.Event() if self._on_gpu else None
+
+    def take(self, size: int) -> Tensor:
+        """uint8 [size], once the copy that was queued before is done."""
+        if self._done is not None:
+            self._done.synchronize()
+        if len(self._buffer) < size:
+            self._buffer = torch.empty(2 * size, dtype=torch.uint8, pin_memory=self._on_gpu)
+        return self._buffer[:size]
+
+    def used(self) -> None:
+        """A copy from or to it is queued."""
+        if self._done is not None:
+            self._done.record()
+
+
+class CudaRunner:
+    """Owns the model. Called by the step thread alone.
+
+    `width`: blocks of the longest sequence. `samples`: the most tokens that one step yields.
+    `ahead`: let the step loop queue a step before it has seen the one before it. Without
+    `graph_sizes` every step is queued kernel by kernel.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        width: int,
+        samples: int,
+        *,
+        ahead: bool,
+        graph_sizes: tuple[int, ...] = GRAPH_SIZES,
+    ) -> None:
+        self.ahead = ahead
+        self.layers = 0  # begun so far: shows that a long step goes on
+        self._model = model
+        self._device = model.ops.device
+        self._width = width
+        self._sizes = tuple(size for size in graph_sizes if size <= samples)
+        self._graphs: dict[int, _Graph] = {}
+        self._inbox = _Inbox(self._device)
+        self._outbox = cycle([_Pinned(self._device) for _ in range(_BUFFERS)])
+        self._said = Said()
+        # Sample i of the step before: what a placeholder -1 - i stands for.
+        self._last = torch.zeros(samples, dtype=torch.int64, device=self._device)
+
+    @torch.inference_mode()
+    def warm_up(self, attention: Attention) -> None:
+        """Compile the kernels of every kind of step and capture the graphs.
+
+        So that nothing is left to compile when a request comes, and what does not fit into memory
+        shows now. Graphs are captured the largest first: the others fit into its memory.
+        """
+        with self._on_device():
+            rows = min(len(self._last), self._width)
+            for batch in (self._idle(1), self._idle(0, rows), self._idle(1, rows)):
+                logits, _ = self._forward(batch, attention(batch), batch.sampled_rows)
+                self._sample_idle(logits)
+            pool = None
+            for size in sorted(self._sizes, reverse=True):
+                batch = self._idle(size)
+                logits, _ = self._forward(batch, attention(batch), batch.sampled_rows)
+                self._sample_idle(logits)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    logits, best = self._forward(batch, attention(batch), batch.sampled_rows)
+                pool = graph.pool()
+                self._graphs[size] = _Graph(graph, _of(batch), logits, best)
+
+    def _sample_idle(self, logits: Tensor) -> None:
+        """Compile what chooses tokens other than the greedy ones, for so many rows."""
+        anything = Sequence(Request("", (0,), Sampling(repetition_penalty=2.0)), 0, 0, 0.0)
+        how = SamplingTensors.of([anything] * len(logits), self._device)
+        sample(logits, how)
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch, attention: Attention) -> Outcome:
+        """Queue one step. The outcome has one Sampled for each of `batch.samples`, None where the
+        logits were not finite."""
+        with self._on_device():
+            return self._launch(batch, attention)
+
+    def _launch(self, batch: Batch, attention: Attention) -> Outcome:
+        size = self._graph_size(batch)
+        if size:
+            logits, best = self._replay(self._graphs[size], batch)
+        else:
+            logits, best = self._queue(batch, attention)
+        if not batch.samples:
+            return list
+        raw = {
+            row: logits[row].log_softmax(dim=-1)
+            for row, sequence in enumerate(batch.samples)
+            if sequence.request.sampling.logprobs is not None
+        }
+        if all(map(is_plain, batch.samples)):
+            tokens = best
+        else:
+            how = SamplingTensors.of(batch.samples, self._device, self._said)
+            tokens = sample(logits, how)
+        self._last[: len(tokens)].copy_(tokens)
+        return self._download(tokens, batch.samples, raw)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Events, graphs and Triton go to the thread's current device, whatever their tensors."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _graph_size(self, batch: Batch) -> int:
+        """The smallest graph that holds it; 0 if none does."""
+        rows = len(batch.counts)
+        if batch.single < rows or len(batch.samples) < rows or not self._graphs:
+            return 0
+        if batch.block_table.shape[1] > self._width:
+            return 0
+        return min((size for size in self._graphs if size >= rows), default=0)
+
+    def _replay(self, graph: _Graph, batch: Batch) -> tuple[Tensor, Tensor]:
+        rows, size = len(batch.counts), len(graph.best)
+        width = batch.block_table.shape[1]
+        padded = {
+            "tokens": _padded(batch.tokens, size, 0),
+            "positions": _padded(batch.positions, size, 0),
+            "slots": _padded(batch.slots, size, _NO_SLOT),
+            "contexts": _padded(batch.contexts, size, 0),
+            "block_table": batch.block_table,
+        }
+        packed = _Packed({name: (t.dtype, tuple(t.shape)) for name, t in padded.items()})
+        arrived = packed.views(self._inbox.upload(packed, padded))
+        for name in ("tokens", "positions", "slots", "contexts"):
+            graph.inputs[name].copy_(arrived[name])
+        graph.inputs["block_table"][:rows, :width].copy_(arrived["block_table"])
+        graph.graph.replay()
+        self.layers += self._model.config.layers
+        return graph.logits[:rows], graph.best[:rows]
+
+    def _queue(self, batch: Batch, attention: Attention) -> tuple[Tensor, Tensor]:
+        values = _of(batch)
+        packed = _Packed({name: (t.dtype, tuple(t.shape)) for name, t in values.items()})
+        there = batch.on(**packed.views(self._inbox.upload(packed, values)))
+        return self._forward(there, attention(there), there.sampled_rows)
+
+    def _forward(self, batch: Batch, attend: Attend, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits [samples, vocab], the largest entry of each), on the device."""
+
+        def counted(layer: int, write: Write) -> Tensor:
+            self.layers += 1
+            return attend(layer, write)
+
+        known = batch.tokens
+        before = (-1 - known).clamp_(0, len(self._last) - 1)
+        tokens = torch.where(known < 0, self._last[before], known)
+        hidden = self._model.forward(tokens, batch.positions, counted)
+        logits = self._model.logits(hidden[rows])
+        return logits, self._model.ops.argmax(logits)
+
+    def _idle(self, singles: int, prompt: int = 0) -> Batch:
+        """A batch that means nothing, in tensors of its own: `singles` rows without a context, then
+        a prompt of so many rows. It reads the first block at most and writes nothing."""
+        counts = (1,) * singles + (prompt,) * bool(prompt)
+        lengths = (0,) * singles + (prompt,) * bool(prompt)
+        starts = list(accumulate(counts, initial=0))
+
+        def tensor(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self._device)
+
+        return Batch(
+            tokens=tensor([0] * starts[-1], torch.int64),
+            positions=tensor([0] * singles + list(range(prompt)), torch.int64),
+            slots=tensor([_NO_SLOT] * starts[-1], torch.int64),
+            starts=tensor(starts),
+            contexts=tensor(list(lengths)),
+            block_table=tensor([0]).expand(len(counts), self._width).contiguous(),
+            sampled_rows=tensor([start - 1 for start in starts[1:]], torch.int64),
+            samples=(),
+            counts=counts,
+            lengths=lengths,
+            single=singles,
+        )
+
+    def _download(
+        self, tokens: Tensor, sequences: tuple[Sequence, ...], raw: dict[int, Tensor]
+    ) -> Outcome:
+        pinned = next(self._outbox)
+        here = pinned.take(tokens.nbytes).view(torch.int64)
+        here.copy_(tokens, non_blocking=True)
+        pinned.used()
+
+        def outcome() -> list[Sampled | None]:
+            chosen = pinned.take(tokens.nbytes).view(torch.int64).tolist()  # waits for the copy
+            return list(_sampled(chosen, sequences, raw))
+
+        return outcome
+
+
+def _padded(values: Tensor, size: int, padding: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, size - len(values)), value=padding)
+
+
+def _sampled(
+    chosen: list[int], sequences: tuple[Sequence, ...], raw: dict[int, Tensor]
+) -> Iterator[Sampled | None]:
+    for row, (token, sequence) in enumerate(zip(chosen, sequences, strict=True)):
+        if token < 0:
+            yield None
+        elif row in raw:
+            alternatives = sequence.request.sampling.logprobs or 0
+            yield Sampled(token, top_logprobs(raw[row], token, alternatives))
+        else:
+            yield Sampled(token)

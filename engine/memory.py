@@ -1,0 +1,48 @@
+"""What fits: memory that is free before a worker takes its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from cluster.errors import StartError
+from engine.models.decoder import Decoder
+
+_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_USED = Path("/sys/fs/cgroup/memory.current")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on a device; of the host also within its cgroup's limit."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    sizes = {name: int(rest.split()[0]) << 10 for name, rest in (s.split(":", 1) for s in lines)}
+    free = sizes["MemAvailable"]
+    try:
+        return min(free, int(_LIMIT.read_text()) - int(_USED.read_text()))
+    except (OSError, ValueError):  # no such limit
+        return free
+
+
+def check_weights(model: Decoder) -> None:
+    """Raises StartError for weights that do not fit, before any is read: later the kernel would
+    end the process without a word."""
+    free, size = free_bytes(model.ops.device), model.bytes
+    if size > free:
+        raise StartError(
+            f"{size / 1e9:.1f} GB of weights do not fit on {model.ops.device}, which has "
+            f"{free / 1e9:.1f} GB left: a smaller model or --dtype, or --quantization int8"
+        )
+
+
+def check_blocks(blocks: int, block_bytes: int, device: torch.device) -> None:
+    """Raises StartError for a KV cache that does not fit, with what does."""
+    fit = max(0, free_bytes(device) - (64 << 20)) // block_bytes
+    if blocks > fit:
+        raise StartError(
+            f"{blocks} KV blocks of {block_bytes} bytes do not fit on {device}, but {fit} do: "
+            f"--num-blocks {fit}, or --kv-cache-memory-bytes {fit * block_bytes}"
+        )

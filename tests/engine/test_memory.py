@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.errors import StartError
+from engine import memory
+from engine.models.decoder import Decoder
+from engine.ops import TorchOps
+from tests.engine.shapes import CONFIG
+
+CPU = torch.device("cpu")
+
+
+def test_free_memory_is_what_the_kernel_says() -> None:
+    total = int(Path("/proc/meminfo").read_text().split()[1]) << 10
+    assert 0 < memory.free_bytes(CPU) < total
+
+
+def test_a_cgroup_allows_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, used = tmp_path / "max", tmp_path / "current"
+    monkeypatch.setattr(memory, "_LIMIT", limit)
+    monkeypatch.setattr(memory, "_USED", used)
+    limit.write_text("5000\n")
+    used.write_text("4000\n")
+    assert memory.free_bytes(CPU) == 1000
+    limit.write_text("max\n")
+    assert memory.free_bytes(CPU) > 1000
+
+
+def test_blocks_that_do_not_fit_say_how_many_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: (64 << 20) + 10_500)
+    memory.check_blocks(10, 1000, CPU)
+    with pytest.raises(StartError) as caught:
+        memory.check_blocks(11, 1000, CPU)
+    assert "but 10 do: --num-blocks 10, or --kv-cache-memory-bytes 10000" in str(caught.value)
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Decoder(CONFIG, TorchOps(torch.float32))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: model.bytes)
+    memory.check_weights(model)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: model.bytes - 1)
+    with pytest.raises(StartError, match=r"GB of weights do not fit on cpu, .*--quantization int8"):
+        memory.check_weights(model)
