@@ -34,7 +34,7 @@ def noise_lanes(blocks, lane, seed, choice, position):
 def rough_noise(words):
     """-log(-log((word + 1/2) / 2^32)) within NOISE_ERROR, in float32."""
     near_one = words >= 0xE0000000
-    x = (tl.where(near_one, ~words, words).to(tl.float32) + 0.5) * 2.0**-32
+    x = (tl.where(near_one, words ^ 0xFFFFFFFF, words).to(tl.float32) + 0.5) * 2.0**-32
     # The inner logarithm of 1 - x by its series: of 1 - x rounded to float32 the largest noise,
     # which decides, would have lost all its digits.
     series = x * (1.0 + x * (1 / 2 + x * (1 / 3 + x * (1 / 4 + x / 5))))

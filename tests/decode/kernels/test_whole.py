@@ -71,7 +71,9 @@ def answers(ops: Ops, kernels: str, make_runner: Any) -> dict[str, list[Any]]:
         stage.apply(Ordered(1, Generate(Request(name, prompt, sampling), 1)))
     steps = Steps(stage, make_runner(model))
     said: dict[str, list[Any]] = {}
-    while steps.step():
+    busy = True
+    while busy:
+        busy = steps.step()
         for _, token in stage.mail():
             said.setdefault(token.request_id, []).append(token)
     assert pool.counts().owned == 0

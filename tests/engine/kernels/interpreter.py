@@ -115,7 +115,10 @@ class _Recorder:
 
 def _main() -> None:
     recorder: Any = _Recorder()
-    pytest.main(["-q", "-p", "no:cacheprovider", *json.load(sys.stdin)], plugins=[recorder])
+    # Triton 3.6's own interpreter does it with every loop.
+    numpy_warning = "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+    options = ["-q", "-p", "no:cacheprovider", "-W", numpy_warning]
+    pytest.main([*options, *json.load(sys.stdin)], plugins=[recorder])
     print(json.dumps(recorder.outcomes))
 
 
