@@ -18,7 +18,7 @@ COMMANDS = {
     "status": ("deploy.status", "pools, peers, load and free blocks of a running cluster"),
     "bench serve": ("bench.serve", "load any OpenAI-compatible server and measure it"),
     "bench transfer": ("bench.transfer", "KV between workers: GB/s, checks, exposed time"),
-    "bench gateway": ("bench.gateway", "streaming through the gateway beside a bare server"),
+    "bench gateway": ("bench.gateway", "what streaming costs the gateway, beside bare uvicorn"),
     "bench cpu": ("bench.cpu", "prefill and decode on the CPU beside other engines"),
     "bench accuracy": ("bench.accuracy", "logits and perplexity of each precision"),
     "bench linear": ("bench.linear", "matrix products on the CPU beside torch and the limits"),

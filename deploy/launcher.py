@@ -1,7 +1,8 @@
 """`baton serve`: a gateway and its workers on this machine, as separate processes.
 
-A worker that dies is started again, with growing pauses while it keeps dying. The gateway's death
-ends everything. However we end, nothing outlives us: the kernel kills each child with its parent.
+A worker that dies is started again, with growing pauses while it keeps dying, and so is one of
+several gateways; the only gateway's death ends everything. However we end, nothing outlives us: the
+kernel kills each child with its parent.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from cluster.config import (
 )
 from cluster.errors import StartError
 from cluster.messages import BOTH, DECODE, PREFILL
+from deploy.door import Door
 
 STOP_S = 4.0
 """From Ctrl-C to the last child's end, by force if need be."""
 
 LONGEST_PAUSE_S = 30.0
+MAX_PORT = 65535
 EARLY_DEATH_S = 10.0
 
 
@@ -41,6 +44,7 @@ class Child:
     name: str
     arguments: list[str]
     api_key: tuple[str, ...] = ()  # handed over where other users cannot read them
+    sockets: tuple[int, ...] = ()  # that it inherits
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,14 +52,17 @@ def main(argv: Sequence[str]) -> int:
     config = load(ServeConfig, argv, "baton serve")
     if not config.both and not (config.prefill and config.decode):
         raise StartError("nothing could answer: give --prefill and --decode, or --both")
+    if config.grpc_port + config.gateways - 1 > MAX_PORT:
+        raise StartError(
+            f"--grpc-port {config.grpc_port}: no {config.gateways} ports from there on"
+        )
     process.die_with_parent(config.die_with)
     process.start_logging(config.log_level)
     return process.run(lambda stopping: Launcher(config).serve(stopping))
 
 
-def children(config: ServeConfig) -> list[Child]:
-    """Everything to start, the gateway first."""
-    gateway = ["gateway", *flags(config, GatewayConfig)]
+def children(config: ServeConfig, door: Door | None = None) -> list[Child]:
+    """Everything to start, the gateways first; several of them stand at one door."""
     shared = WorkerConfig(
         **{
             name: getattr(config, name)
@@ -63,14 +70,22 @@ def children(config: ServeConfig) -> list[Child]:
             if name in ServeConfig.__dataclass_fields__ and name not in ("host", "port")
         }
     )
-    plan = [Child("gateway", gateway, config.api_key)]
+    grpc_ports = [config.grpc_port + number for number in range(config.gateways)]
+    plan = []
+    for number, port in enumerate(grpc_ports):
+        gateway = replace(config, grpc_port=port)
+        if door is not None:
+            gateway = replace(gateway, listen=door.sockets(number), sibling=door.addresses)
+        name = "gateway" if door is None else f"gateway-{number}"
+        words = ["gateway", *flags(gateway, GatewayConfig)]
+        plan.append(Child(name, words, config.api_key, gateway.listen))
     for role, number in ((PREFILL, config.prefill), (DECODE, config.decode), (BOTH, config.both)):
         for index in range(number):
             worker = replace(
                 shared,
                 role=role,
                 name=f"{role}-{index}",
-                join=(f"{config.grpc_host}:{config.grpc_port}",),
+                join=tuple(f"{config.grpc_host}:{port}" for port in grpc_ports),
             )
             if role == DECODE and config.decode_block_size:
                 worker = replace(worker, block_size=config.decode_block_size)
@@ -91,14 +106,17 @@ class Launcher:
 
         If a child could not start, one has said why, and nothing more is said.
         """
-        plan = children(self._config)
+        config = self._config
+        door = Door(config.host, config.port, config.gateways) if config.gateways > 1 else None
+        plan = children(config, door)
         word = _start_word()
         stop = asyncio.create_task(stopping.wait())
         tasks: list[asyncio.Task[Any]] = [stop]
         try:
             for child in plan:
                 await self._start(child, word)
-            up = asyncio.create_task(self._until_ready(len(plan) - 1))
+            asked = [f"http://{own}" for own in door.addresses] if door else [self._url]
+            up = asyncio.create_task(self._until_ready(asked, len(plan) - config.gateways))
             ends = [asyncio.create_task(self._end_of(child)) for child in plan]
             tasks += [up, *ends]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -122,6 +140,8 @@ class Launcher:
         finally:
             for task in tasks:
                 task.cancel()
+            if door is not None:
+                door.close()  # before the gateways close theirs: nobody is to wait in a queue
             await end_all(self._running.values())
             os.close(word)
 
@@ -135,7 +155,7 @@ class Launcher:
             str(os.getpid()),
             f"--start-word={word}",
             env=child_environment(child.api_key),
-            pass_fds=(word,) if word else (),
+            pass_fds=(*child.sockets, *((word,) if word else ())),
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # the terminal's Ctrl-C is for us: we end the children in order
         )
@@ -144,7 +164,7 @@ class Launcher:
         return child, await self._running[child.name].wait()
 
     async def _keep(self, child: Child, end: asyncio.Task[tuple[Child, int]]) -> int:
-        """Start a worker again each time it ends. Returns when the gateway has ended."""
+        """Start it again each time it ends. Returns when it was the only gateway."""
         pause, clock = 1.0, asyncio.get_running_loop().time
         while True:
             started = clock()
@@ -157,22 +177,26 @@ class Launcher:
             await self._start(child)
             end = asyncio.create_task(self._end_of(child))
 
-    async def _until_ready(self, workers: int) -> str:
-        """Ask the gateway until every worker has joined. Returns the served model's name."""
+    async def _until_ready(self, gateways: Sequence[str], workers: int) -> str:
+        """Ask each gateway until every worker has joined it. Returns the served model's name."""
         keys = self._config.api_key
         headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
         deadline = asyncio.timeout(self._config.start_timeout)
         try:
             async with deadline, aiohttp.ClientSession(headers=headers) as client:
-                while len((status := await self._status(client)).get("workers", ())) < workers:
-                    await asyncio.sleep(0.05)
-                return str(status["model"])
+                model, status = "", dict[str, Any]()
+                for url in gateways:
+                    while len(status.get("workers", ())) < workers:
+                        status = await self._status(client, url)
+                        await asyncio.sleep(0.05)
+                    model, status = str(status["model"]), {}
+                return model
         except TimeoutError:
             raise StartError("not ready in time: see --start-timeout") from None
 
-    async def _status(self, client: aiohttp.ClientSession) -> dict[str, Any]:
+    async def _status(self, client: aiohttp.ClientSession, url: str) -> dict[str, Any]:
         with contextlib.suppress(aiohttp.ClientError):
-            async with client.get(f"{self._url}/status") as response:
+            async with client.get(f"{url}/status") as response:
                 if response.status == 200:
                     return dict(await response.json())
         return {}
@@ -188,6 +212,8 @@ class Launcher:
             )
             if number
         ]
+        if config.gateways > 1:
+            pools.insert(0, f"{config.gateways} gateways")
         print(f"Baton is ready: {self._url}  pools: {' + '.join(pools)}  model: {model}")
         print(f"Ask it: baton chat --url {self._url} 'What is a landing?'", flush=True)
 

@@ -6,15 +6,17 @@ Read by hand, not by a schema: a body may hold a million token ids, and each fau
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from cluster.errors import BadRequest
 from gateway.ask import Limits
 from gateway.fields import refusal, shown
 
 MAX_MESSAGES = 4096
 MAX_STOP_TOKEN_IDS = 128
 MAX_NAME_CHARS = 256
+CUT = 8192
 
 ROLES: Final[Mapping[str, str]] = {
     "system": "system",
@@ -43,6 +45,7 @@ def prompts(value: Any, limits: Limits) -> tuple[str | tuple[int, ...], ...]:
         raise refusal(
             "invalid_type", "'prompt' must be text, token ids or a list of either.", "prompt"
         )
+    _check_length(value, limits)
     kinds = set(map(type, value))
     if kinds == {int}:
         value, kinds = [value], {list}
@@ -57,13 +60,35 @@ def prompts(value: Any, limits: Limits) -> tuple[str | tuple[int, ...], ...]:
     if kinds == {str}:
         return tuple(value)
     if kinds == {list}:
+        for entry in value:
+            _check_length(entry, limits)
         return tuple(token_ids(entry, "prompt", limits) for entry in value)
     raise refusal("invalid_type", "'prompt' must be text, token ids or a list of either.", "prompt")
 
 
+def _check_length(prompt: Sequence[Any], limits: Limits) -> None:
+    """First of all, since it costs nothing. Raises BadRequest for what no context could hold."""
+    if len(prompt) > limits.max_model_len and isinstance(prompt[0], int):
+        raise too_long(len(prompt), 0, limits.max_model_len, "prompt")
+
+
+def too_long(prompt: int, asked: int, context: int, param: str) -> BadRequest:
+    """The refusal of a prompt that leaves no room for the `asked` tokens, or for any."""
+    message = (
+        f"This model's maximum context length is {context} tokens. The prompt has {prompt} tokens"
+    )
+    if asked and prompt < context:
+        message += f" and max_tokens asks for {asked}: together {prompt + asked}"
+    else:
+        message += " and leaves no room for an answer"
+    return refusal("context_length_exceeded", message + ".", param)
+
+
 def token_ids(value: Any, param: str, limits: Limits) -> tuple[int, ...]:
     """Ids within the vocabulary. Raises BadRequest."""
-    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+    if not isinstance(value, list) or not all(
+        set(map(type, part)) <= {int} for part in _cut(value)
+    ):
         raise refusal("invalid_type", f"'{param}' must be an array of integers.", param)
     check_range(value, param, limits)
     return tuple(value)
@@ -71,12 +96,18 @@ def token_ids(value: Any, param: str, limits: Limits) -> tuple[int, ...]:
 
 def check_range(ids: Sequence[int], param: str, limits: Limits) -> None:
     """Raises BadRequest if an id is not in the vocabulary."""
-    if ids and not (min(ids) >= 0 and max(ids) < limits.vocab_size):
+    if not all(min(part) >= 0 and max(part) < limits.vocab_size for part in _cut(ids)):
         raise refusal(
             "token_out_of_range",
             f"'{param}' holds a token id outside of 0..{limits.vocab_size - 1}.",
             param,
         )
+
+
+def _cut(ids: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """In parts, between which a thread gives way to others: a builtin does so only at its end."""
+    for start in range(0, len(ids), CUT):
+        yield ids[start : start + CUT]
 
 
 def messages(value: Any, limits: Limits) -> tuple[Mapping[str, str], ...]:

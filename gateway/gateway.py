@@ -17,6 +17,7 @@ from cluster.metrics import GatewayMetrics
 from gateway.ask import Limits
 from gateway.keys import Keys
 from gateway.pools import Pools
+from gateway.scrape import Siblings
 from gateway.sequencer import Sequencer
 from gateway.text import TextPool
 from gateway.tokens import Tokenizer
@@ -45,6 +46,7 @@ class Gateway:
     clock: Clock = monotonic
     wall_clock: Callable[[], float] = time.time
     active: int = 0
+    siblings: Siblings | None = None  # where several gateways share a port
 
     def limits_now(self) -> Limits:
         """The limits with what the workers that are there now have room for."""

@@ -113,13 +113,26 @@ class InferenceService:
         metadata = list(context.invocation_metadata() or ())
         keys = [_bytes(value) for name, value in metadata if name == "authorization"]
         tenant = gateway.keys.tenant(keys)
-        kind, fields = to_fields(data, allow_unknown=gateway.limits.allow_unknown_fields)
-        validator = validate.chat if kind == "chat" else validate.completion
-        ask = validator(fields, gateway.limits, gateway.defaults)
         async with within(timeout):
+            ask = await self._read(data)
             answer = await Answer.prepare(gateway, ask, tenant, arrived)
             await answer.run(emit(ask))
         return ask, answer
+
+    async def _read(self, data: bytes) -> Ask:
+        """Parse and validate; a large message off the event loop. Raises BadRequest, NotFound."""
+        limits, defaults = self._gateway.limits, self._gateway.defaults
+
+        def work() -> Ask:
+            kind, fields = to_fields(
+                data, allow_unknown=limits.allow_unknown_fields, longest=limits.max_model_len
+            )
+            validator = validate.chat if kind == "chat" else validate.completion
+            return validator(fields, limits, defaults)
+
+        if len(data) <= validate.SMALL_BODY:
+            return work()
+        return await self._gateway.text.run(work)
 
     async def _served(
         self, context: grpc.aio.ServicerContext, work: Callable[[], Awaitable[None]]
@@ -217,8 +230,13 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it comes 
         return health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-def to_fields(data: bytes, *, allow_unknown: bool = False) -> tuple[str, dict[str, Any]]:
-    """The kind of call and the JSON body that says the same. Raises BadRequest."""
+def to_fields(
+    data: bytes, *, allow_unknown: bool = False, longest: int | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The kind of call and the JSON body that says the same. Raises BadRequest.
+
+    Of prompt token ids it takes one more than the `longest` prompt has, which is refused then.
+    """
     message = wire.GenerateRequest()
     try:
         message.ParseFromString(data)
@@ -233,7 +251,7 @@ def to_fields(data: bytes, *, allow_unknown: bool = False) -> tuple[str, dict[st
         name = descriptor.name
         match name:
             case "prompt_token_ids":
-                fields["prompt"] = list(value.ids)
+                fields["prompt"] = value.ids[: None if longest is None else longest + 1]
             case "messages":
                 fields[name] = [{"role": m.role, "content": m.content} for m in value.messages]
             case "logit_bias":

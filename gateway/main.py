@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import logging
 import socket
 import time
@@ -26,9 +27,11 @@ from cluster.wire import codec
 from gateway import inference
 from gateway.app import create_app
 from gateway.ask import Limits
+from gateway.connection import Connection
 from gateway.gateway import Gateway
 from gateway.keys import Keys
 from gateway.pools import Pools, serve_membership
+from gateway.scrape import Siblings
 from gateway.sequencer import Sequencer
 from gateway.session import over_grpc
 from gateway.text import TextPool
@@ -47,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
     config = load(GatewayConfig, argv, "baton gateway")
     process.die_with_parent(config.die_with)
     process.start_logging(config.log_level)
+    gc.freeze()  # modules and schemas stay: looking through them would hold up every stream
     return process.run(lambda stopping: serve(config, stopping), config.start_word)
 
 
@@ -55,9 +59,15 @@ async def serve(config: GatewayConfig, stopping: asyncio.Event) -> int:
 
     Returns the exit status: 1 if it ended because a part of it broke.
     """
-    listener = bind(config.host, config.port)
+    if config.listen:
+        listeners = [socket.socket(fileno=number) for number in config.listen]
+    else:
+        listeners = [bind(config.host, config.port)]
     directory = model_directory(config)
     gateway, pools = build(config, directory)
+    if config.sibling:
+        own = "{}:{}".format(*listeners[-1].getsockname()[:2])
+        gateway.siblings = Siblings(config.port, config.sibling, config.sibling.index(own))
     server = rpc.new_server()
     server.add_generic_rpc_handlers((_registry(pools, f"{config.grpc_host}:{config.grpc_port}"),))
     inference.add_to_server(server, gateway)
@@ -69,7 +79,7 @@ async def serve(config: GatewayConfig, stopping: asyncio.Event) -> int:
     http = _Uvicorn(
         uvicorn.Config(
             create_app(gateway),
-            http="h11",
+            http=Connection,
             ws="none",
             proxy_headers=False,
             h11_max_incomplete_event_size=32 << 10,
@@ -83,7 +93,7 @@ async def serve(config: GatewayConfig, stopping: asyncio.Event) -> int:
     gateway.text.start()
     await server.start()
     watch = asyncio.create_task(pools.watch())
-    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    serving = asyncio.create_task(http.serve(sockets=listeners))
     stop = asyncio.create_task(stopping.wait())
     log.info("gateway up", extra={"http": f"{config.host}:{config.port}", "grpc": address})
     await asyncio.wait((serving, stop, watch), return_when=asyncio.FIRST_COMPLETED)

@@ -12,9 +12,10 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.errors import Cancelled
 from gateway.ask import Ask
+from gateway.connection import outlet_of
 from gateway.gateway import Gateway
 from gateway.keys import Tenant
-from gateway.shapes import DONE, error_event, shape_of
+from gateway.shapes import DONE, Shape, error_event, shape_of
 from gateway.stream import Answer, Delta, children, within
 
 LAST_WORD_S = 10.0
@@ -69,48 +70,67 @@ class AnswerResponse(Response):
         await Response(body, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
+        events = _Events(scope, send)
+        with_usage, with_timeline = self._ask.include_usage, self._ask.return_timeline
         try:
             async with while_connected(receive), within(self._gateway.request_timeout_s):
                 answer = await self._prepare()
                 shape = shape_of(self._gateway, self._ask, answer)
-                unfinished = len(answer.choices)
                 # The timeline is complete with the last finish; the usage chunk is where it goes,
                 # but a client that did not ask for one must not get a chunk without choices.
-                early = self._ask.return_timeline and not self._ask.include_usage
-
-                async def emit(deltas: list[Delta]) -> None:
-                    nonlocal started, unfinished
-                    if not started:
-                        started = True
-                        await send(
-                            {
-                                "type": "http.response.start",
-                                "status": 200,
-                                "headers": _SSE_HEADERS,
-                            }
-                        )
-                    events = []
-                    for delta in deltas:
-                        unfinished -= bool(delta.finish)
-                        last = early and delta.finish and not unfinished
-                        events.append(shape.events(delta, answer.timeline() if last else None))
-                    if body := "".join(events):
-                        await send(_body(body.encode(), more=True))
-
-                await answer.run(emit)
+                events.of(answer, shape, with_timeline and not with_usage)
+                await answer.run(events.emit)
             end = DONE
-            if self._ask.include_usage:
-                metrics = answer.timeline() if self._ask.return_timeline else None
+            if with_usage:
+                metrics = answer.timeline() if with_timeline else None
                 end = shape.usage_event(answer.usage, metrics).encode() + end
         except Exception as error:
-            if not started:
+            if not events.started:
                 raise
             known = self._gateway.account_for(error, scope["state"]["request_id"])
             end = error_event(known.body())
         with suppress(TimeoutError):  # the server cuts a response that is left incomplete
             async with asyncio.timeout(LAST_WORD_S):
                 await send(_body(end, more=False))
+
+
+class _Events:
+    """One answer's SSE events on their way out: by the connection's outlet, if there is one."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.started = False
+        self._outlet = outlet_of(scope)
+        self._send = send
+
+    def of(self, answer: Answer, shape: Shape, timeline: bool) -> None:
+        """What `emit` writes. `timeline` puts one into the last choice's last event."""
+        self._answer = answer
+        self._shape = shape
+        self._timeline = timeline
+        self._unfinished = len(answer.choices)
+
+    async def emit(self, deltas: list[Delta]) -> None:
+        if not self.started:
+            self.started = True
+            head = {"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS}
+            await self._send(head)
+        events = ""
+        for delta in deltas:
+            metrics = None
+            if delta.finish:
+                self._unfinished -= 1
+                if self._timeline and not self._unfinished:
+                    metrics = self._answer.timeline()
+            events += self._shape.events(delta, metrics)
+        if not events:
+            return
+        outlet = self._outlet
+        if outlet is None:
+            await self._send(_body(events.encode(), more=True))
+            return
+        outlet.write(events.encode())
+        if outlet.full:
+            await outlet.drained()
 
 
 @asynccontextmanager

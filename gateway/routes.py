@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI
 from pydantic import BaseModel
@@ -29,6 +29,7 @@ from gateway.response import AnswerResponse
 
 Handler = Callable[..., Awaitable[Response]]
 Validator = Callable[[Any, Limits, Mapping[str, float]], Ask]
+T = TypeVar("T")
 
 PASSED_BYTES = 32 << 20
 PASSED_PAUSE_S = 0.2
@@ -84,19 +85,30 @@ class Routes:
         return await self._answer(request, validate.chat)
 
     async def _answer(self, request: Request, validator: Validator) -> AnswerResponse:
-        data = await self._json(request)
-        arrived = self._gateway.clock()
-        ask = validator(data, self._gateway.limits, self._gateway.defaults)
-        return AnswerResponse(self._gateway, ask, request.state.tenant, arrived)
+        gateway = self._gateway
+        body = await self._body(request)
+        arrived = gateway.clock()
+        ask = await self._read(body, lambda data: validator(data, gateway.limits, gateway.defaults))
+        return AnswerResponse(gateway, ask, request.state.tenant, arrived)
 
-    async def _json(self, request: Request) -> Any:
-        limits = self._gateway.limits
-        body = await read_body(request, limits.max_body_bytes, self._gateway.body_timeout_s)
-        return validate.parse_json(body)
+    async def _body(self, request: Request) -> bytes:
+        limit = self._gateway.limits.max_body_bytes
+        return await read_body(request, limit, self._gateway.body_timeout_s)
+
+    async def _read(self, body: bytes, validator: Callable[[Any], T]) -> T:
+        """Parse and validate; a large body off the event loop, so that no stream waits for it."""
+
+        def work() -> T:
+            return validator(validate.parse_json(body))
+
+        if len(body) <= validate.SMALL_BODY:
+            return work()
+        return await self._gateway.text.run(work)
 
     async def tokenize(self, request: Request) -> Response:
         gateway = self._gateway
-        call = validate.tokenize(await self._json(request), gateway.limits)
+        asked = await self._body(request)
+        call = await self._read(asked, lambda data: validate.tokenize(data, gateway.limits))
         [tokens] = await gateway.text.encode(call.ask)
         body: dict[str, Any] = {
             "count": len(tokens),
@@ -109,8 +121,10 @@ class Routes:
         return JSONResponse(body)
 
     async def detokenize(self, request: Request) -> Response:
-        tokens = validate.detokenize(await self._json(request), self._gateway.limits)
-        return JSONResponse({"prompt": await self._gateway.text.decode(tokens)})
+        gateway = self._gateway
+        body = await self._body(request)
+        tokens = await self._read(body, lambda data: validate.detokenize(data, gateway.limits))
+        return JSONResponse({"prompt": await gateway.text.decode(tokens)})
 
     async def models(self) -> Response:
         names = self._gateway.limits.model_names
@@ -160,8 +174,13 @@ class Routes:
     async def status(self) -> Response:
         return JSONResponse(self._gateway.pools.status())
 
-    async def metrics(self) -> Response:
-        return Response(self._gateway.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
+    async def metrics(self, request: Request) -> Response:
+        """This process's; of the port that several share, theirs all."""
+        text, siblings = self._gateway.metrics.exposition(), self._gateway.siblings
+        if siblings is not None and request.scope["server"][1] == siblings.port:
+            key = next((v for n, v in request.headers.raw if n == b"authorization"), b"")
+            text = await siblings.scrape(text, key)
+        return Response(text, headers={"content-type": CONTENT_TYPE})
 
     async def openapi(self, request: Request) -> Response:
         return JSONResponse(request.app.openapi())

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
@@ -85,7 +85,7 @@ class Relay:
         self.phase = Phase.QUEUED
         self.attempt = 0
         self.emitted = list(request.tokens[request.prompt_tokens :])
-        self.mailbox: Mailbox = asyncio.Queue()
+        self.mailbox = Mailbox()
         self._members: list[Member] = []
 
     def begin(self) -> None:
@@ -108,28 +108,36 @@ class Relay:
             member.session.send(Cancel(self.request.id, self.attempt))
             member.session.forget(self.request.id)
         self._members.clear()
-        self.mailbox = asyncio.Queue()
+        self.mailbox = Mailbox()
 
     async def next_event(self) -> Event:
         """The next event of the current attempt. Raises what befell it."""
-        while True:
-            event = await self.mailbox.get()
-            if isinstance(event, BatonError):
-                raise event
-            if event.attempt == self.attempt:
-                return event
+        while (event := self._take()) is None:
+            await self.mailbox.filled()
+        return event
 
     async def next_token(self) -> Token:
         """The token that follows what the client has."""
         while True:
-            event = await self.next_event()
-            if isinstance(event, Failed):
+            event = self._take()
+            if event is None:
+                await self.mailbox.filled()
+            elif isinstance(event, Failed):
                 _fail(event)
-            if isinstance(event, Token) and event.index >= len(self.emitted):
+            elif isinstance(event, Token) and event.index >= len(self.emitted):
                 if event.index > len(self.emitted):
                     raise EngineFailed("A token of this answer got lost.")
                 self.emitted.append(event.token)
                 return event
+
+    def _take(self) -> Event | None:
+        """What is there now of the current attempt. Raises what befell it."""
+        while (mail := self.mailbox.take()) is not None:
+            if isinstance(mail, BatonError):
+                raise mail
+            if mail.attempt == self.attempt:
+                return mail
+        return None
 
     def to(self, phase: Phase) -> None:
         self.phase = advance(self.phase, phase)
@@ -181,12 +189,38 @@ class Sequencer:
         """
         if self.waiting >= self._max_waiting:
             raise Overloaded("Too many requests are waiting.", retry_after=1)
+        with self._relay(request, watch) as relay:
+            self.waiting += 1
+            try:
+                route, token = await self._first_token(relay)
+            finally:
+                self.waiting -= 1
+            if token.finish:
+                yield token
+                return
+            assert route.decode is not None
+            if route.prefill is not None:
+                # Before the token goes out: a client that reads slowly holds up nobody but itself.
+                relay.to(Phase.HANDING_OFF)
+                route.decode.session.send(Start(request.id, token.token, relay.attempt))
+                handed = self._clock()
+                yield token
+                token = await self._second_token(relay, route.prefill)
+                self._note(watch, token, self._clock() - handed, "wire_second")
+            relay.to(Phase.DECODING)
+            while not token.finish:
+                yield token
+                token = await relay.next_token()
+            relay.dismiss(route.decode)  # before the end goes out: who has it asks for no more
+            yield token
+
+    @contextmanager
+    def _relay(self, request: Request, watch: Watch) -> Iterator[Relay]:
+        """One answer's account. However it ends, nothing of it runs on afterwards."""
         relay = Relay(request, watch)
         self.running += 1
         try:
-            async with aclosing(self._carry(relay)) as tokens:
-                async for token in tokens:
-                    yield token
+            yield relay
             relay.to(Phase.DONE)
         except BatonError:
             relay.to(Phase.FAILED)
@@ -197,48 +231,20 @@ class Sequencer:
                 relay.to(Phase.CANCELLED)
             relay.release()
 
-    async def _carry(self, relay: Relay) -> AsyncGenerator[Token, None]:
-        """First token from whoever prefills, the others from whoever decodes."""
-        self.waiting += 1
-        try:
-            route, first = await self._first_token(relay)
-        finally:
-            self.waiting -= 1
-        if first.finish:
-            yield first
-            return
-        assert route.decode is not None
-        if route.prefill is not None:
-            # Before the token goes out: a client that reads slowly holds up nobody but itself.
-            relay.to(Phase.HANDING_OFF)
-            route.decode.session.send(Start(relay.request.id, first.token, relay.attempt))
-            handed = self._clock()
-            yield first
-            try:
-                second = await self._second_token(relay, route.prefill)
-            except BatonError as error:
-                self._handed(error.code)
-                raise
-            self._handed("sealed")
-            relay.dismiss(route.prefill)
-            self._note(relay.watch, second, self._clock() - handed, "wire_second")
-            relay.to(Phase.DECODING)
-            yield second
-            if second.finish:
-                relay.dismiss(route.decode)
-                return
-        else:
-            relay.to(Phase.DECODING)
-            yield first
-        while True:
-            token = await relay.next_token()
-            yield token
-            if token.finish:
-                relay.dismiss(route.decode)
-                return
-
     async def _second_token(self, relay: Relay, prefill: Member) -> Token:
-        """The decode worker's first. It may have all it needs with the prefill worker gone."""
+        """The decode worker's first: the handoff is over, one way or the other."""
+        try:
+            token = await self._sealed(relay, prefill)
+        except BatonError as error:
+            self._handed(error.code)
+            raise
+        self._handed("sealed")
+        relay.dismiss(prefill)
+        return token
+
+    @staticmethod
+    async def _sealed(relay: Relay, prefill: Member) -> Token:
+        """The decode worker may have all it needs with the prefill worker gone."""
         try:
             return await relay.next_token()
         except WorkerLost as error:

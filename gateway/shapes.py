@@ -43,6 +43,8 @@ class Shape(ABC):
         }
         head = {"object": self.object_chunk, **self._head}
         self._event_head = "data: " + _dumps(head)[:-1] + ',"choices":['
+        more = ask.return_token_ids or ask.continuous_usage
+        self._plain = "" if more else ',"logprobs":null,"finish_reason":null}]}\n\n'
         self._counts: dict[int, int] = {}
         self._prompts_shown: set[int] = set()
 
@@ -84,6 +86,8 @@ class Shape(ABC):
 
     def _event(self, delta: Delta, content: str, metrics: Mapping[str, Any] | None) -> str:
         """One chunk with one choice; `content` is the JSON of its delta or text."""
+        if self._plain and not (delta.finish or delta.logprobs):  # nearly every token's
+            return f'{self._event_head}{{"index":{delta.choice},{content}{self._plain}'
         logprobs = _dumps(self._logprobs(delta)) if delta.logprobs else "null"
         finish = "null"
         if delta.finish:
@@ -100,7 +104,7 @@ class Shape(ABC):
     def _running_usage(self, delta: Delta) -> str:
         if not self._ask.continuous_usage:
             return ""
-        self._counts[delta.choice] = delta.count
+        self._counts[delta.choice] = delta.so_far
         prompt = sum(len(prompt) for prompt in self._prompts)
         tokens = sum(self._counts.values())
         return (

@@ -13,6 +13,7 @@ import codecs
 import json
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 import tokenizers
@@ -28,6 +29,8 @@ class Spelling:
         self._backend = backend
         self._hidden = hidden
         self._bytes: dict[int, bytes | None] = {}
+        self.whole: dict[int, str] = {}
+        """Of tokens that were asked for before: those that are whole characters within a text."""
         self._replaced: list[tuple[str, str]] = []
         self._byte_level = self._byte_fallback = self._strip = False
         self._metaspace = ""
@@ -44,6 +47,9 @@ class Spelling:
             return self._bytes[token]
         except KeyError:
             spelled = self._bytes[token] = self._spell(token, first=False)
+            if spelled is not None:
+                with suppress(UnicodeDecodeError):
+                    self.whole[token] = spelled.decode()
             return spelled
 
     def _read(self, step: dict[str, Any]) -> None:
@@ -100,17 +106,23 @@ class Decoding:
         self.first = first
         self._spelling = spelling
         self._skipped = skipped
+        self._whole = spelling.whole
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._open = False  # within a character
 
     def push(self, token: int) -> str:
         """The characters that this token completes. What can be none becomes U+FFFD at once."""
         if token in self._skipped:
             return ""
+        if token in self._whole and not (self.first or self._open):
+            return self._whole[token]
         spelled = self._spelling.of(token, first=self.first)
         if spelled is None:
             return ""
         self.first = False
-        return self._utf8.decode(spelled)
+        text = self._utf8.decode(spelled)
+        self._open = bool(self._utf8.getstate()[0])
+        return text
 
     def finish(self) -> str:
         """What an unfinished character leaves: U+FFFD, or nothing."""

@@ -1,6 +1,6 @@
 """Answer: all choices of one call, run side by side and merged in the order their tokens come.
 
-    prompts x n  ->  one pump each: Sequencer -> TextStream -> Delta  ->  one queue  ->  emit
+    prompts x n  ->  one pump each: Sequencer -> TextStream -> Delta  ->  emit
 
 HTTP and gRPC only differ in what they do with a Delta. However an Answer ends, by its last token,
 an error, a stop string or a cancelled task, no sequencer generator is left open.
@@ -13,7 +13,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.errors import DeadlineExceeded, EngineFailed
 from cluster.ids import new_id
@@ -25,24 +25,20 @@ from gateway.keys import Tenant
 from gateway.sequencer import Watch
 from gateway.text import TextStream
 
-QUEUED_DELTAS = 256
-"""How far the pumps may run ahead of a slow reader; what is beyond waits in the sequencer."""
-
 PROMPT_TAIL = 16
 """Prompt tokens that the text of the first new token may depend on, by a joined character."""
 
 Emit = Callable[[list["Delta"]], Awaitable[None]]
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """What one choice grew by: usually one token, several where earlier ones gave no text yet."""
 
     choice: int
     text: str
     tokens: tuple[int, ...] = ()
     logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # per token, if asked for
-    count: int = 0  # tokens of this choice so far
+    so_far: int = 0  # tokens of this choice
     opens: bool = False  # the choice's first token exists now, even if it has no text yet
     finish: str = ""
     stop_reason: str | int | None = None
@@ -91,7 +87,7 @@ class Choice:
     def release(self, text: str, opens: bool) -> Delta | None:
         """The next Delta with all that was held, or None while there is nothing to show."""
         if not text and not self.finish:
-            return Delta(self.index, "", count=self.count, opens=True) if opens else None
+            return Delta(self.index, "", so_far=self.count, opens=True) if opens else None
         tokens, logprobs = tuple(self._tokens), tuple(self._logprobs)
         self._tokens.clear()
         self._logprobs.clear()
@@ -156,64 +152,43 @@ class Answer:
         return cls(gateway, ask, prompts, echoes, choices, arrived)
 
     async def run(self, emit: Emit) -> None:
-        """Call `emit` with what became ready together, until every choice has its finish.
+        """Call `emit` with all that comes, until every choice has its finish.
 
-        `emit` is awaited before more is fetched, so a slow reader slows only its own call.
-        Raises BatonError after all that came before it was emitted.
+        No choice fetches more before what it has is emitted, so a slow reader slows only its own
+        call. Raises BatonError after all that came before it was emitted.
         """
-        queue: asyncio.Queue[Delta | Exception] = asyncio.Queue(QUEUED_DELTAS)
-        missing = len(self.choices)
-        failure: Exception | None = None
+        if len(self.choices) > 1:
+            emit = _in_turn(emit)
         async with children() as tasks:
-            pumps = [tasks.create_task(self._pump(choice, queue)) for choice in self.choices]
-            while missing and failure is None:
-                arrived = [await queue.get()]
-                while not queue.empty():
-                    arrived.append(queue.get_nowait())
-                deltas = []
-                for item in arrived:
-                    if isinstance(item, Exception):
-                        failure = item
-                        break
-                    deltas.append(item)
-                    missing -= bool(item.finish)
-                if deltas:
-                    await emit(deltas)
-            if failure is not None:
-                for pump in pumps:
-                    pump.cancel()
-        if failure is not None:
-            raise failure
+            for choice in self.choices:
+                tasks.create_task(self._pump(choice, emit))
 
-    async def _pump(self, choice: Choice, queue: asyncio.Queue[Delta | Exception]) -> None:
-        """One choice from the sequencer to the queue. A failure goes the same way, in its turn."""
+    async def _pump(self, choice: Choice, emit: Emit) -> None:
+        """One choice from the sequencer to its reader, in one task: nothing is handed over."""
         leader = self.choices[choice.index - choice.index % self._ask.n]
         if leader is not choice:
             # The leader's prompt is in the prefix cache by then: computed once, not n times.
             await leader.started.wait()
-        try:
-            tokens = self._gateway.sequencer.answer(choice.request, choice.watch)
-            async with aclosing(tokens):
-                async for token in tokens:
-                    delta = await self._take(choice, token)
-                    if delta is not None:
-                        await queue.put(delta)
-                    if choice.finish:
-                        return
-            raise EngineFailed("The answer ended before it was complete.")
-        except Exception as error:  # handed to the one who runs the answer
-            await queue.put(error)
+        tokens = self._gateway.sequencer.answer(choice.request, choice.watch)
+        async with aclosing(tokens):
+            async for token in tokens:
+                delta = self._take(choice, token)
+                if delta is not None:
+                    await emit([delta])
+                if choice.finish:
+                    return
+        raise EngineFailed("The answer ended before it was complete.")
 
-    async def _take(self, choice: Choice, token: Token) -> Delta | None:
+    def _take(self, choice: Choice, token: Token) -> Delta | None:
         """Token -> text -> Delta, and the clock."""
         choice.hold(token)
         text = ""
         # The token that ends an answer is not part of its text, unless that was asked for.
         if token.finish != "stop" or self._ask.include_stop:
-            for piece in await self._gateway.text.push(choice.text, (token.token,)):
-                text += piece.text
-                if piece.stopped is not None:
-                    choice.finish, choice.stop_reason = "stop", piece.stopped
+            piece = choice.text.push(token.token)
+            text = piece.text
+            if piece.stopped is not None:
+                choice.finish, choice.stop_reason = "stop", piece.stopped
         if token.finish and not choice.finish:
             tail = choice.text.finish(token.finish)
             text += tail.text
@@ -272,6 +247,23 @@ class Answer:
             "prefill_worker": choice.watch.prefill_worker,
             "decode_worker": choice.watch.decode_worker,
         }
+
+
+def _in_turn(emit: Emit) -> Emit:
+    """Never two at a time, and together what came in one step: one write, not one per choice."""
+    waiting: list[Delta] = []
+    turn = asyncio.Lock()
+
+    async def emit_in_turn(deltas: list[Delta]) -> None:
+        waiting.extend(deltas)
+        async with turn:
+            if waiting:  # else another has taken ours along
+                await asyncio.sleep(0)  # the step's other tokens are in this turn of the loop
+                together = waiting[:]
+                waiting.clear()
+                await emit(together)
+
+    return emit_in_turn
 
 
 @asynccontextmanager

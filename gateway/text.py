@@ -1,17 +1,16 @@
-"""An answer's text as its tokens come in, and the threads that do all work on text.
+"""An answer's text as its tokens come in, and the threads for what takes longer.
 
-TextStream is one choice's state, pure and restartable. TextPool keeps tokenising, templates and
-detokenising off the event loop.
+TextStream is one choice's state, pure and restartable, with constant work per token. TextPool keeps
+tokenising, templates and the decoding of whole texts off the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from gateway.ask import Ask
 from gateway.tokens import Tokenizer
@@ -19,11 +18,8 @@ from gateway.tokens import Tokenizer
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_NOT_RUNNING = "the text pool is not running"
 
-
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What a token added to an answer's text; `stopped` is the stop string that ended it."""
 
     text: str
@@ -112,7 +108,8 @@ class TextStream:
         if self._stopped is not None:
             return Piece("", self._stopped)
         self._count += 1
-        return self._show(self._decoding.push(token))
+        text = self._decoding.push(token)
+        return self._show(text) if self._finders else Piece(text)
 
     def finish(self, token_finish: str) -> Piece:
         """What was held back, once the tokens have ended: `token_finish` is the last one's.
@@ -144,105 +141,41 @@ class TextStream:
         return Piece(text[:safe])
 
 
-@dataclass(slots=True)
-class _Push:
-    """One caller of `TextPool.push`, waiting."""
-
-    stream: TextStream
-    tokens: Sequence[int]
-    answer: asyncio.Future[list[Piece]]
-
-
 class TextPool:
     """Threads for text, used from one event loop.
 
-    Encoding a long prompt takes long, so it has threads of its own and no stream waits for it.
-    Pushes that arrive while the other thread is busy go to it as one job: at high load the cost
-    of changing threads is shared by all streams.
+    Encoding a long prompt takes long, so that no stream may wait for it. Text that comes token by
+    token does not come here: a TextStream takes less time than the way to a thread and back.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        *,
-        encoders: Executor | None = None,
-        decoder: Executor | None = None,
-    ) -> None:
-        """Executors that are passed in are taken over. `decoder` must run one job at a time."""
+    def __init__(self, tokenizer: Tokenizer, executor: Executor | None = None) -> None:
+        """An executor that is passed in is taken over."""
         self._tokenizer = tokenizer
-        self._encoders = encoders
-        self._decoder = decoder
-        self._waiting: list[_Push] = []
-        self._busy = False
+        self._executor = executor
 
     def start(self) -> None:
         """To be called before anything else."""
-        self._encoders = self._encoders or ThreadPoolExecutor(2, "text-encode")
-        self._decoder = self._decoder or ThreadPoolExecutor(1, "text-decode")
+        self._executor = self._executor or ThreadPoolExecutor(2, "text")
 
     def stop(self) -> None:
         """Ends the threads after the jobs they are in. Whoever still waits is cancelled."""
-        for executor in (self._encoders, self._decoder):
-            if executor is not None:
-                executor.shutdown(wait=True, cancel_futures=True)
-        self._encoders = self._decoder = None
-        for push in self._waiting:
-            push.answer.cancel()
-        self._waiting.clear()
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+        self._executor = None
 
     async def encode(self, ask: Ask) -> list[tuple[int, ...]]:
         """Every prompt's token ids. Raises BadRequest."""
-        return await self._run(encode, self._tokenizer, ask)
+        return await self.run(encode, self._tokenizer, ask)
 
     async def decode(self, ids: Sequence[int]) -> str:
         """A whole text at once."""
-        return await self._run(self._tokenizer.decode, ids)
+        return await self.run(self._tokenizer.decode, ids)
 
-    async def push(self, stream: TextStream, tokens: Sequence[int]) -> list[Piece]:
-        """One Piece per token. A stream may have only one push under way."""
-        assert self._decoder is not None, _NOT_RUNNING
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Any other work of the kind. Raises what it raises."""
+        assert self._executor is not None, "the text pool is not running"
         loop = asyncio.get_running_loop()
-        push = _Push(stream, tokens, loop.create_future())
-        self._waiting.append(push)
-        if not self._busy:
-            self._busy = True
-            loop.call_soon(self._submit, loop)  # what is ready in this turn comes along
-        return await push.answer
-
-    async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        assert self._encoders is not None, _NOT_RUNNING
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._encoders, partial(work, *args, **kwargs))
-
-    def _submit(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._decoder is None:
-            return  # stopped meanwhile
-        batch, self._waiting = self._waiting, []
-        job = self._decoder.submit(_push_all, batch)
-        job.add_done_callback(
-            lambda done: loop.call_soon_threadsafe(self._deliver, loop, batch, done)
-        )
-
-    def _deliver(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        batch: list[_Push],
-        done: Future[list[list[Piece] | Exception]],
-    ) -> None:
-        results = [] if done.cancelled() else done.result()
-        if not results:
-            for push in batch:
-                push.answer.cancel()
-        for push, result in zip(batch, results, strict=False):
-            if push.answer.done():
-                continue  # its caller was cancelled meanwhile
-            if isinstance(result, Exception):
-                push.answer.set_exception(result)
-            else:
-                push.answer.set_result(result)
-        self._busy = bool(self._waiting)
-        if self._waiting:
-            self._submit(loop)
+        return await loop.run_in_executor(self._executor, partial(work, *args, **kwargs))
 
 
 def encode(tokenizer: Tokenizer, ask: Ask) -> list[tuple[int, ...]]:
@@ -261,14 +194,3 @@ def encode(tokenizer: Tokenizer, ask: Ask) -> list[tuple[int, ...]]:
         else prompt
         for prompt in ask.prompts
     ]
-
-
-def _push_all(batch: Sequence[_Push]) -> list[list[Piece] | Exception]:
-    """In the decoder's thread. One stream's failure is that caller's alone."""
-    results: list[list[Piece] | Exception] = []
-    for push in batch:
-        try:
-            results.append([push.stream.push(token) for token in push.tokens])
-        except Exception as error:
-            results.append(error)
-    return results

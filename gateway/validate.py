@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cluster.errors import BadRequest, NotFound
+from cluster.errors import NotFound
 from cluster.messages import Request, Sampling
 from gateway import content
 from gateway.ask import Ask, Limits
@@ -24,9 +24,10 @@ from gateway.fields import (
     refusal,
     shown,
 )
-from gateway.parse import parse_json
+from gateway.parse import SMALL_BODY, parse_json
 
 __all__ = [
+    "SMALL_BODY",
     "ChatBody",
     "CompletionBody",
     "DetokenizeBody",
@@ -258,7 +259,7 @@ def fit(ask: Ask, prompts: Sequence[tuple[int, ...]], limits: Limits) -> int:
     asked = ask.sampling.max_tokens
     context, pool = limits.max_model_len, limits.max_prompt_tokens
     if longest + max(asked, 1) > context:
-        raise _too_long(longest, asked, context, param)
+        raise content.too_long(longest, asked, context, param)
     if longest + max(asked, 1) - 1 > pool:
         raise refusal(
             "prompt_too_large_for_server",
@@ -273,17 +274,6 @@ def fit(ask: Ask, prompts: Sequence[tuple[int, ...]], limits: Limits) -> int:
     if ask.sampling.min_tokens > limit:
         raise refusal("invalid_value", f"'min_tokens' must be at most {limit}.", "min_tokens")
     return limit
-
-
-def _too_long(prompt: int, asked: int, context: int, param: str) -> BadRequest:
-    message = (
-        f"This model's maximum context length is {context} tokens. The prompt has {prompt} tokens"
-    )
-    if asked and prompt < context:
-        message += f" and max_tokens asks for {asked}: together {prompt + asked}"
-    else:
-        message += " and leaves no room for an answer"
-    return refusal("context_length_exceeded", message + ".", param)
 
 
 def requests(

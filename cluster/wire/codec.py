@@ -114,11 +114,22 @@ def decode_order(data: bytes) -> Order:
 
 
 def encode_report(report: Report) -> bytes:
-    return pb.Report(events=[_event(event) for event in report.events]).SerializeToString()
+    message = pb.Report()
+    add = message.events.add
+    for event in report.events:
+        _fill(add(), event)
+    return message.SerializeToString()
 
 
 def decode_report(data: bytes) -> Report:
-    return Report(tuple(_from_event(event) for event in _parse(pb.Report(), data).events))
+    return Report(
+        tuple(
+            [
+                _from_token(event.token) if event.HasField("token") else _from_event(event)
+                for event in _parse(pb.Report(), data).events
+            ]
+        )
+    )
 
 
 def _parse(message: M, data: bytes) -> M:
@@ -292,50 +303,44 @@ def _from_landing(landing: pb.Landing) -> Landing:
     )
 
 
-def _event(event: Event) -> pb.Event:
+def _fill(message: pb.Event, event: Event) -> None:
     match event:
         case Token():
-            return pb.Event(
-                token=pb.Token(
-                    request_id=event.request_id,
-                    attempt=event.attempt,
-                    index=event.index,
-                    token=event.token,
-                    finish=event.finish,
-                    stop_token=event.stop_token,
-                    logprob_tokens=[token for token, _ in event.logprobs],
-                    logprob_values=[value for _, value in event.logprobs],
-                    spans=dict(event.spans),
-                    cached_tokens=event.cached_tokens,
-                )
-            )
+            _fill_token(message.token, event)
         case Promised(request_id, attempt, landing):
-            return pb.Event(
-                promised=pb.Promised(
-                    request_id=request_id, attempt=attempt, landing=_landing(landing)
-                )
+            message.promised.CopyFrom(
+                pb.Promised(request_id=request_id, attempt=attempt, landing=_landing(landing))
             )
         case Failed(request_id, attempt, code, text):
-            return pb.Event(
-                failed=pb.Failed(request_id=request_id, attempt=attempt, code=code, message=text)
+            message.failed.CopyFrom(
+                pb.Failed(request_id=request_id, attempt=attempt, code=code, message=text)
             )
+
+
+def _fill_token(message: pb.Token, token: Token) -> None:
+    """The one thing here that is made for every token of every step: field by field in place, and
+    what most tokens do not have is not touched. A sixth of the time of nested constructors."""
+    message.SetInParent()
+    message.request_id = token.request_id
+    message.attempt = token.attempt
+    message.index = token.index
+    message.token = token.token
+    if token.finish:
+        message.finish = token.finish
+    if token.stop_token is not None:
+        message.stop_token = token.stop_token
+    if token.logprobs:
+        tokens, values = zip(*token.logprobs, strict=True)
+        message.logprob_tokens.extend(tokens)
+        message.logprob_values.extend(values)
+    if token.spans:
+        message.spans.update(token.spans)
+    if token.cached_tokens:
+        message.cached_tokens = token.cached_tokens
 
 
 def _from_event(event: pb.Event) -> Event:
     match event.WhichOneof("of"):
-        case "token":
-            token = event.token
-            return Token(
-                request_id=token.request_id,
-                attempt=token.attempt,
-                index=token.index,
-                token=token.token,
-                finish=token.finish,
-                stop_token=token.stop_token if token.HasField("stop_token") else None,
-                logprobs=tuple(zip(token.logprob_tokens, token.logprob_values, strict=True)),
-                spans=tuple(token.spans.items()),
-                cached_tokens=token.cached_tokens,
-            )
         case "promised":
             promised = event.promised
             return Promised(promised.request_id, promised.attempt, _from_landing(promised.landing))
@@ -343,3 +348,18 @@ def _from_event(event: pb.Event) -> Event:
             failed = event.failed
             return Failed(failed.request_id, failed.attempt, failed.code, failed.message)
     raise ValueError("event without content")
+
+
+def _from_token(token: pb.Token) -> Token:
+    chosen, values, spans = token.logprob_tokens, token.logprob_values, token.spans
+    return Token(
+        token.request_id,
+        token.attempt,
+        token.index,
+        token.token,
+        token.finish,
+        token.stop_token if token.HasField("stop_token") else None,
+        tuple(zip(chosen, values, strict=True)) if chosen or values else (),
+        tuple(spans.items()) if spans else (),
+        token.cached_tokens,
+    )

@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import socket
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from fastapi.routing import APIRoute
 
 from cluster.errors import NoWorkers, Overloaded, WorkerLost
 from gateway.app import create_app
+from gateway.connection import Connection
 from gateway.gateway import Gateway
 from gateway.routes import MAX_BODY_PIECES
+from gateway.text import TextPool
 from tests.gateway.fakes import (
     END,
     MODEL,
@@ -72,7 +76,7 @@ async def served(gateway: Gateway) -> AsyncIterator[str]:
     """Behind a real server on a free port of loopback. The socket listens before it starts."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        create_app(gateway), http="h11", ws="none", lifespan="off", log_config=None
+        create_app(gateway), http=Connection, ws="none", lifespan="off", log_config=None
     )
     server = uvicorn.Server(config)
     running = asyncio.create_task(server.serve(sockets=[listener]))
@@ -532,3 +536,28 @@ async def test_the_end_token_is_no_text(house: House) -> None:
     )
     choice = reply.json()["choices"][0]
     assert (choice["text"], choice["token_ids"][-1]) == ("Hi", END)
+
+
+# Large bodies.
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/detokenize"])
+async def test_a_large_body_is_a_threads_work(house: House, path: str) -> None:
+    """While one is parsed, the event loop serves others."""
+    free = threading.Event()
+    threads = ThreadPoolExecutor(1)
+    threads.submit(free.wait)
+    house.gateway.text.stop()
+    house.gateway.text = TextPool(house.gateway.tokenizer, threads)
+    ids = [65] * 50_000
+    asked = {**PROMPT, "prompt": ids} if path == "/v1/completions" else {"tokens": ids}
+    large = asyncio.create_task(house.browser.post(path, asked))
+    for _ in range(3):
+        assert (await house.browser.get("/live")).status == 200
+    assert not large.done()
+    free.set()
+    reply = await large
+    if path == "/detokenize":
+        assert reply.json() == {"prompt": "A" * len(ids)}
+    else:
+        assert reply.error["code"] == "context_length_exceeded"

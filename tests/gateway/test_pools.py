@@ -145,7 +145,7 @@ async def test_a_new_start_replaces_the_old_for_good() -> None:
     mailbox = Mailbox()
     old.session.listen("r", mailbox)
     cluster.add("d", DECODE, incarnation=4)  # an incarnation is random: newer is who comes later
-    assert isinstance(mailbox.get_nowait(), WorkerLost)
+    assert isinstance(mailbox.take(), WorkerLost)
     assert [member.peer for member in cluster.pools.members] == [Peer("d", 4)]
     with pytest.raises(HandshakeRefused, match="replaced"):
         cluster.add("d", DECODE, incarnation=5)

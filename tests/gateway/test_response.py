@@ -21,7 +21,7 @@ async def test_waiting_for_the_tokenizer_counts_to_the_time_limit(
     gateway = make_gateway(tmp_path, sequencer, request_timeout_s=0.01)
     encoders, free = ThreadPoolExecutor(1), threading.Event()
     encoders.submit(free.wait)
-    gateway.text = TextPool(gateway.tokenizer, encoders=encoders)
+    gateway.text = TextPool(gateway.tokenizer, encoders)
     gateway.text.start()
     try:
         data = {"model": MODEL, "prompt": "Q", "stream": stream}

@@ -40,6 +40,28 @@ async def _turns(count: int = 5) -> None:
         await asyncio.sleep(0)
 
 
+async def test_a_mailbox_wakes_its_one_reader() -> None:
+    mailbox = Mailbox()
+    assert mailbox.take() is None
+    filled = mailbox.filled()
+    with pytest.raises(AssertionError, match="one reader"):
+        mailbox.filled()
+    first, second = Token("a", 1, 0, 5), Token("a", 1, 1, 6)
+    mailbox.put_nowait(first)
+    mailbox.put_nowait(second)
+    await filled
+    assert [mailbox.take() for _ in range(3)] == [first, second, None]
+
+
+async def test_a_reader_that_went_away_hinders_no_other() -> None:
+    mailbox = Mailbox()
+    mailbox.filled().cancel()
+    again = mailbox.filled()
+    mailbox.put_nowait(Token("a", 1, 0, 5))
+    await again
+    assert mailbox.take() == Token("a", 1, 0, 5)
+
+
 async def test_events_go_to_those_who_listen_for_their_request() -> None:
     worker, a, b = Worker(), Mailbox(), Mailbox()
     session = WorkerSession(PEER, worker.call)
@@ -50,13 +72,13 @@ async def test_events_go_to_those_who_listen_for_their_request() -> None:
     first, second, foreign = Token("a", 1, 0, 5), Failed("b", 1, "full"), Token("c", 1, 0, 6)
     worker.reports.put_nowait(Report((first, second, foreign)))
     await _turns()
-    assert (a.get_nowait(), b.get_nowait()) == (first, second)
+    assert (a.take(), b.take()) == (first, second)
     session.forget("a")
     session.forget("a")
     worker.reports.put_nowait(Report((Token("a", 1, 1, 5),)))
     worker.reports.put_nowait(None)
     await task
-    assert a.empty()
+    assert a.take() is None
 
 
 async def test_orders_go_out_in_their_order_even_those_given_before_it_runs() -> None:
@@ -83,14 +105,14 @@ async def test_the_end_of_the_stream_is_told_to_all_who_listen(end: BaseExceptio
     session.listen("a", mailbox)
     worker.reports.put_nowait(end)
     await session.run()
-    assert isinstance(mailbox.get_nowait(), WorkerLost)
+    assert isinstance(mailbox.take(), WorkerLost)
     assert isinstance(session.lost, WorkerLost)
     assert session.requests == 0
     with pytest.raises(WorkerLost):
         session.listen("b", mailbox)
     session.send(Cancel("a"))  # goes nowhere, and does not fail
     session.close()
-    assert mailbox.empty()
+    assert mailbox.take() is None
 
 
 async def test_cancelling_it_is_a_loss_too() -> None:
@@ -102,4 +124,4 @@ async def test_cancelling_it_is_a_loss_too() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert isinstance(mailbox.get_nowait(), WorkerLost)
+    assert isinstance(mailbox.take(), WorkerLost)

@@ -55,7 +55,7 @@ def test_the_kind_decides_the_shape(gateway: Gateway) -> None:
 
 def test_a_chat_opens_with_its_role_and_its_first_text(gateway: Gateway) -> None:
     shape = chat(gateway)
-    events = parsed(shape.events(Delta(0, "Hi", (1,), count=1, opens=True)))
+    events = parsed(shape.events(Delta(0, "Hi", (1,), so_far=1, opens=True)))
     assert events == [
         {
             "choices": [
@@ -164,13 +164,13 @@ def test_offsets_count_characters_not_tokens(gateway: Gateway) -> None:
 
 def test_running_usage_counts_all_choices(gateway: Gateway) -> None:
     shape = completion(gateway, n=2, stream_options={"continuous_usage_stats": True})
-    shape.events(Delta(0, "a", count=1))
-    shape.events(Delta(1, "b", count=1))
-    [event] = parsed(shape.events(Delta(0, "c", count=2)))
+    shape.events(Delta(0, "a", so_far=1))
+    shape.events(Delta(1, "b", so_far=1))
+    [event] = parsed(shape.events(Delta(0, "c", so_far=2)))
     assert event["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
     [role, _] = parsed(
         chat(gateway, stream_options={"continuous_usage_stats": True}).events(
-            Delta(0, "a", count=1, opens=True)
+            Delta(0, "a", so_far=1, opens=True)
         )
     )
     assert role["usage"]["completion_tokens"] == 1

@@ -55,7 +55,7 @@ async def test_each_token_is_a_delta_and_the_end_token_has_no_text(gateway: Gate
         ("", (END,), "stop"),
     ]
     assert deltas[-1].stop_reason is None
-    assert [d.count for d in deltas] == [1, 2, 3]
+    assert [d.so_far for d in deltas] == [1, 2, 3]
     assert sequencer(gateway).cancelled == []
 
 

@@ -228,118 +228,49 @@ def test_special_tokens_are_shown_if_asked() -> None:
     assert read(TextStream(CHATML, skip_special=False), tokens)[0] == "a<|im_end|>"
 
 
-# The pool. `Gate` is an executor that runs a job when the test says so.
+# The pool.
 
 
 class Gate(Executor):
+    """Begins no job."""
+
     def __init__(self) -> None:
-        self.jobs: list[tuple[Future[Any], Any, tuple[Any, ...]]] = []
+        self.jobs: list[Future[Any]] = []
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        self.jobs.append((future, fn, args))
-        return future
-
-    def open(self) -> None:
-        future, fn, args = self.jobs.pop(0)
-        future.set_result(fn(*args))
+        self.jobs.append(Future())
+        return self.jobs[-1]
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        for future, _, _ in self.jobs:
-            future.cancel()
-
-
-async def turns(count: int = 5) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
-
-
-async def test_pushes_that_arrive_while_the_thread_is_busy_are_one_job() -> None:
-    gate = Gate()
-    pool = TextPool(CHATML, decoder=gate)
-    pool.start()
-    token = ids_of("a")
-    streams = [TextStream(CHATML) for _ in range(6)]
-    first = [asyncio.create_task(pool.push(stream, token)) for stream in streams[:2]]
-    await turns()
-    assert [len(batch) for _, _, (batch,) in gate.jobs] == [2]
-    later = [asyncio.create_task(pool.push(stream, token * 2)) for stream in streams[2:]]
-    await turns()
-    assert len(gate.jobs) == 1
-    gate.open()
-    await turns()
-    assert [piece.text for task in first for piece in task.result()] == ["a", "a"]
-    assert [len(batch) for _, _, (batch,) in gate.jobs] == [4]
-    assert not any(task.done() for task in later)
-    gate.open()
-    assert [len(pieces) for pieces in await asyncio.gather(*later)] == [2] * 4
-    assert gate.jobs == []
-    last = asyncio.create_task(pool.push(streams[0], token))
-    await turns()
-    gate.open()
-    assert [piece.text for piece in await last] == ["a"]
-    pool.stop()
-
-
-async def test_a_failure_reaches_its_own_caller_only() -> None:
-    class Broken(TextStream):
-        def push(self, token: int) -> Any:
-            raise ArithmeticError("broken")
-
-    pool = TextPool(CHATML)
-    pool.start()
-    good, bad, other = await asyncio.gather(
-        pool.push(TextStream(CHATML), ids_of("a")),
-        pool.push(Broken(CHATML), ids_of("a")),
-        pool.push(TextStream(CHATML), ids_of("b")),
-        return_exceptions=True,
-    )
-    assert isinstance(bad, ArithmeticError)
-    assert [good[0].text, other[0].text] == ["a", "b"]  # type: ignore[index]
-    pool.stop()
-
-
-async def test_a_caller_that_goes_away_leaves_the_others_alone() -> None:
-    gate = Gate()
-    pool = TextPool(CHATML, decoder=gate)
-    pool.start()
-    tasks = [asyncio.create_task(pool.push(TextStream(CHATML), ids_of("a"))) for _ in range(2)]
-    await turns()
-    tasks[0].cancel()
-    await turns()
-    gate.open()
-    assert [piece.text for piece in await tasks[1]] == ["a"]
-    assert tasks[0].cancelled()
-    pool.stop()
+        for job in self.jobs:
+            job.cancel()
 
 
 async def test_stop_ends_the_threads_and_whoever_waits() -> None:
     before = threading.active_count()
-    gate = Gate()
-    pool = TextPool(CHATML, decoder=gate)
+    pool = TextPool(CHATML)
     pool.start()
-    running = asyncio.create_task(pool.push(TextStream(CHATML), ids_of("a")))
-    await turns()
-    waiting = asyncio.create_task(pool.push(TextStream(CHATML), ids_of("a")))
     await pool.decode(ids_of("a"))
     assert threading.active_count() > before
     pool.stop()
     assert threading.active_count() == before
-    await asyncio.wait((running, waiting))
-    assert running.cancelled()
-    assert waiting.cancelled()
     with pytest.raises(AssertionError, match="not running"):
-        await pool.push(TextStream(CHATML), ids_of("a"))
+        await pool.decode(ids_of("a"))
+    busy = TextPool(CHATML, Gate())
+    waiting = asyncio.create_task(busy.decode(ids_of("a")))
+    await asyncio.sleep(0)
+    busy.stop()
+    await asyncio.wait((waiting,))
+    assert waiting.cancelled()
 
 
-async def test_stop_right_after_a_push_leaves_nobody_waiting() -> None:
+async def test_any_work_of_the_kind() -> None:
     pool = TextPool(CHATML)
     pool.start()
-    task = asyncio.create_task(pool.push(TextStream(CHATML), ids_of("a")))
-    await asyncio.sleep(0)
+    assert await pool.run(threading.get_ident) != threading.get_ident()
+    with pytest.raises(ZeroDivisionError):
+        await pool.run(lambda: 1 / 0)
     pool.stop()
-    await asyncio.wait((task,))
-    assert task.cancelled()
 
 
 async def test_encode_and_decode() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import BadRequest, BatonError, NotFound
-from gateway import validate
+from gateway import content, parse, validate
 from gateway.ask import Ask, Limits
 from tests.gateway.catalogue import CHAT, Case, cases
 
@@ -434,6 +434,58 @@ def test_any_value_in_any_field_is_served_or_refused(name: str, value: Any, leni
             call(body, limits)
         except (BadRequest, NotFound) as error:
             assert len(error.message) <= 300
+
+
+class Watched(list[int]):
+    """Remembers the longest part of it that anybody took at once."""
+
+    longest = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        part = super().__getitem__(key)
+        if isinstance(key, slice):
+            self.longest = max(self.longest, len(part))
+        return part
+
+    def __iter__(self) -> Any:
+        raise AssertionError("it was gone through as a whole")
+
+
+def test_many_ids_are_looked_at_part_by_part() -> None:
+    limits = Limits(("tiny",), 1000, 1 << 20, 1 << 20)
+    for bad, code in ((1000, "token_out_of_range"), (-1, "token_out_of_range"), (True, "type")):
+        ids = Watched([5] * 100_000)
+        ids[99_999] = bad
+        with pytest.raises(BadRequest) as caught:
+            content.token_ids(ids, "tokens", limits)
+        assert code in caught.value.code
+        assert 0 < ids.longest <= content.CUT
+
+
+@pytest.mark.parametrize("prompt", [[1, *[None] * 64], [[1, *[None] * 64]], [[1], [1, *"x" * 64]]])
+def test_a_prompt_beyond_any_context_is_refused_before_it_is_looked_at(prompt: Any) -> None:
+    """What else is in it would be another fault."""
+    with pytest.raises(BadRequest) as caught:
+        validate.completion({"model": "tiny", "prompt": prompt}, LIMITS)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_every_number_of_a_large_body_lets_other_threads_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The interpreter changes threads at calls into Python, never within one of C."""
+    calls = 0
+    convert = parse._integer
+
+    def counted(text: str) -> int:
+        nonlocal calls
+        calls += 1
+        return convert(text)
+
+    monkeypatch.setattr(parse, "_integer", counted)
+    ids = list(range(-20, 30_000))
+    assert validate.parse_json(json.dumps({"tokens": ids}).encode()) == {"tokens": ids}
+    assert calls == len(ids)
 
 
 @given(st.binary(max_size=60) | st.text(max_size=40).map(str.encode))

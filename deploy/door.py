@@ -1,0 +1,52 @@
+"""Door: the listening sockets of several gateway processes that share one port."""
+
+from __future__ import annotations
+
+import socket
+from typing import Final
+
+from cluster.errors import StartError
+
+LOOPBACK: Final = "127.0.0.1"
+BACKLOG: Final = 2048
+
+
+class Door:
+    """For each of `count` gateways a socket on the shared port and one on a port of its own.
+
+    The kernel deals connections out among the sockets of the shared port (SO_REUSEPORT), evenly
+    whatever the gateways are doing. They stay open here while a gateway is started again: what
+    connects meanwhile waits in its queue instead of being refused. The own ports are on loopback,
+    for whoever means one certain gateway.
+    """
+
+    def __init__(self, host: str, port: int, count: int) -> None:
+        """Raises StartError if anybody else listens there, though it were to share the port."""
+        self._shared: list[socket.socket] = []
+        self._own: list[socket.socket] = []
+        try:
+            socket.create_server((host, port)).close()
+            for _ in range(count):
+                self._shared.append(
+                    socket.create_server((host, port), backlog=BACKLOG, reuse_port=True)
+                )
+                self._own.append(socket.create_server((LOOPBACK, 0), backlog=BACKLOG))
+        except OSError as error:
+            self.close()
+            raise StartError(
+                f"cannot listen on {host}:{port} ({error.strerror}): choose another --port"
+            ) from None
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The gateways' own, in their order."""
+        return tuple("{}:{}".format(*own.getsockname()[:2]) for own in self._own)
+
+    def sockets(self, number: int) -> tuple[int, int]:
+        """What one gateway inherits: the shared port's socket and its own."""
+        return self._shared[number].fileno(), self._own[number].fileno()
+
+    def close(self) -> None:
+        """Ours only: a gateway that still has them goes on."""
+        for listener in (*self._shared, *self._own):
+            listener.close()
