@@ -80,7 +80,7 @@ def sample(
     """Choose one token for each row of `logits` [rows, vocab] float32, which may be overwritten.
 
     A row that holds a NaN or an infinity yields None: whatever it was computed from is broken, and
-    its largest entry would be an answer to nothing.
+    its largest entry would be an answer to nothing. So does one with every token banned.
     """
     choose = choose or Plainly()
     best = choose.argmax(logits).tolist()
@@ -120,7 +120,7 @@ def _has_penalties(sampling: Sampling) -> bool:
     )
 
 
-def _sample_one(logits: torch.Tensor, sequence: Sequence, choose: Choose) -> Sampled:
+def _sample_one(logits: torch.Tensor, sequence: Sequence, choose: Choose) -> Sampled | None:
     """One row [vocab]. Log-probabilities are those before bias, penalties and filters."""
     sampling = sequence.request.sampling
     raw = logits.log_softmax(dim=-1) if sampling.logprobs is not None else None
@@ -137,6 +137,8 @@ def _sample_one(logits: torch.Tensor, sequence: Sequence, choose: Choose) -> Sam
         candidates = _keep(logits / sampling.temperature, sampling)
         noise = Noise(sampling.seed, sampling.choice, position=len(sequence.tokens))
         token = choose.draw(candidates, noise)
+        if token < 0:
+            return None
     return Sampled(token, () if raw is None else top_logprobs(raw, token, sampling.logprobs or 0))
 
 
@@ -169,11 +171,11 @@ def _keep(scaled: torch.Tensor, sampling: Sampling) -> Candidates:
         return Candidates(scaled, least=least, likely=int(likely))
     count = min(sampling.top_k, len(scaled)) if sampling.top_k > 0 else len(scaled)
     if sampling.top_p >= 1:
-        return Candidates(*scaled.topk(count), least=least)
+        return Candidates(*_top(scaled, count), least=least)
     # A nucleus is nearly always among the first few: sorting all of a vocabulary is for nothing.
     whole = None if sampling.top_k > 0 else (scaled.double() - highest).exp().sum()
     for looked_at in (count,) if whole is None else (min(_NUCLEUS, count), count):
-        scores, ids = scaled.topk(looked_at)
+        scores, ids = _top(scaled, looked_at)
         weights = (scores.double() - highest).exp()
         mass = weights.sum() if whole is None else whole
         before = weights.cumsum(dim=-1) - weights
@@ -183,12 +185,22 @@ def _keep(scaled: torch.Tensor, sampling: Sampling) -> Candidates:
     return Candidates(scores[:keep], ids[:keep], least=least)
 
 
+def _top(scaled: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` highest scores and their tokens, highest first; of equal ones the lower token."""
+    lowest = scaled.topk(count).values[-1]
+    ids = (scaled >= lowest).nonzero().flatten()
+    scores, order = scaled[ids].sort(descending=True, stable=True)
+    return scores[:count], ids[order[:count]]
+
+
 def draw(candidates: Candidates, noise: Noise) -> int:
-    """The token with the highest score + noise; the definition of `Ops.draw`."""
+    """The token with the highest score + noise, -1 if none may be drawn; defines `Ops.draw`."""
     scores = candidates.scores
     ids = torch.arange(len(scores)) if candidates.ids is None else candidates.ids
     kept = torch.isfinite(scores) & (scores >= candidates.least)
     tokens, values = ids[kept].numpy(), scores[kept].double().numpy()
+    if not len(tokens):
+        return -1  # all are banned
     drawn = values + gumbel(tokens, noise.seed, noise.choice, noise.position)
     return int(tokens[int(np.argmax(drawn))])
 

@@ -9,7 +9,8 @@ from engine.sampler import Candidates, Noise
 
 
 def draw(candidates: Candidates, noise: Noise) -> int:
-    """The token with the highest score + Gumbel noise. Raises ValueError."""
+    """The token with the highest score + Gumbel noise, -1 if none may be drawn. Raises
+    ValueError."""
     scores, ids = candidates.scores, candidates.ids
     if scores.dtype != torch.float32 or scores.ndim != 1 or not scores.is_contiguous():
         raise ValueError(f"scores must be contiguous float32 [n], not {scores.dtype}")
@@ -29,6 +30,4 @@ def draw(candidates: Candidates, noise: Noise) -> int:
         noise.choice,
         noise.position,
     )
-    if at < 0:
-        raise ValueError("no score is finite and high enough")
-    return at if ids is None else int(ids[at])
+    return at if ids is None or at < 0 else int(ids[at])

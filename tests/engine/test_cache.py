@@ -10,6 +10,7 @@ from cluster.messages import KVLayout, LayerGroup
 from engine.blocks import Block
 from engine.cache import KVCache, group_spans
 from engine.layers.attention import written
+from tests.engine.fake_device import FakeDevice
 
 GROUPS = (LayerGroup(2, 2, 4), LayerGroup(3, 1, 6, window=8))
 
@@ -68,9 +69,9 @@ def test_content_survives_a_move_between_block_sizes(
     dtype: str, here: int, there: int, on_host: bool
 ) -> None:
     layout, tokens = KVLayout(GROUPS, dtype), 130
-    source = filled(KVCache(layout, 256 // here + 1, here))
-    target = KVCache(layout, 256 // there + 1, there)
-    source._on_host = target._on_host = on_host
+    gpu = None if on_host else FakeDevice()
+    source = filled(KVCache(layout, 256 // here + 1, here, gpu=gpu))
+    target = KVCache(layout, 256 // there + 1, there, gpu=gpu)
     order = np.random.default_rng(2)
     slots = [
         cache.slots_of(blocks(*order.permutation(cache.blocks)), 0, tokens)
@@ -89,8 +90,8 @@ def test_content_survives_a_move_between_block_sizes(
 @pytest.mark.parametrize("on_host", [True, False])
 def test_a_range_of_heads_touches_only_those(on_host: bool) -> None:
     layout = KVLayout((LayerGroup(2, 5, 3),), "float16")
-    source, target = filled(KVCache(layout, 4, 4)), KVCache(layout, 4, 4)
-    source._on_host = target._on_host = on_host
+    gpu = None if on_host else FakeDevice()
+    source, target = filled(KVCache(layout, 4, 4, gpu=gpu)), KVCache(layout, 4, 4, gpu=gpu)
     slots, layers, heads = source.slots_of(blocks(1, 2), 0, 7), range(1, 2), range(1, 4)
     payload = source.gather(layers, slots, heads)
     assert len(payload) == 7 * source.token_bytes(layers, heads)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -178,3 +179,22 @@ def test_a_broken_row_chooses_nothing_and_harms_nobody(poison: float, how: dict[
 
 def test_no_rows() -> None:
     assert sample(torch.empty(0, VOCAB), []) == []
+
+
+@pytest.mark.parametrize("how", [{"top_k": 3}, {"top_p": 0.5}])
+def test_of_equal_scores_at_the_edge_the_lower_tokens_stay(how: dict[str, float]) -> None:
+    row = torch.zeros(1, 6)
+    drawn = {sample(row.clone(), [sequence(seed=s, **how)])[0].token for s in range(200)}
+    assert drawn == {0, 1, 2}
+
+
+def test_a_wide_nucleus_is_looked_at_as_a_whole() -> None:
+    row = torch.zeros(1, 4000)
+    drawn = {sample(row.clone(), [sequence(seed=s, top_p=0.5)])[0].token for s in range(400)}
+    assert max(drawn) < 2000 and max(drawn) > 1500
+
+
+def test_where_every_token_is_banned_there_is_none() -> None:
+    how = {"logit_bias": tuple((token, -math.inf) for token in range(VOCAB))}
+    fine, banned = sample(torch.zeros(2, VOCAB), [sequence(seed=1), sequence(seed=1, **how)])
+    assert fine is not None and banned is None

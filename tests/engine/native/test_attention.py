@@ -278,11 +278,11 @@ def test_refuses_what_it_would_misread() -> None:
     step = Step.of([(3, 1), (20, 1)])
     for wrong, match in (
         (replace(step, q=step.q.double()), "q must be"),
-        (replace(step, q=step.q.transpose(1, 2)), "q must be|keys and values must be"),
+        (replace(step, q=step.q.transpose(0, 1).contiguous().transpose(0, 1)), "q must be"),
         (replace(step, q=step.q[:, :13].contiguous()), "cannot share"),
         (replace(step, keys=step.keys.half()), "must be alike"),
         (replace(step, keys=step.keys.double(), values=step.values.double()), "must be alike"),
-        (replace(step, keys=step.keys.transpose(0, 2)), ""),
+        (replace(step, keys=step.keys.flip(2).transpose(0, 1)), "share|alike"),
         (replace(step, contexts=step.contexts.long()), "contexts must be"),
         (replace(step, table=step.table[:1]), "block_table must be"),
         (replace(step, block_size=0), "at least one token"),
@@ -296,12 +296,12 @@ def test_refuses_blocks_that_do_not_exist() -> None:
     step = Step.of([(3, 1), (40, 1)])
     for number in (-1, step.keys.shape[0] // step.block_size):
         table = step.table.clone()
-        table[1, 2] = number
+        table[1, 0] = number
         wrong = replace(step, table=table)
         for attend in (Step.singles, Step.prompts):
             with pytest.raises(IndexError, match="segment 1, a context of 40"):
                 attend(wrong)
-            attend(wrong, 8)  # the window ends before that block
+            attend(wrong, 8)  # the window begins behind that block
     for context in (0, -5, step.table.shape[1] * step.block_size + 1):
         wrong = replace(step, contexts=torch.tensor([3, context], dtype=torch.int32))
         for attend in (Step.singles, Step.prompts):
