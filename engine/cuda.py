@@ -28,38 +28,12 @@ from engine.kernels.sampling_tensors import Said, SamplingTensors
 from engine.layers.attention import Attend, Write
 from engine.loop import Outcome
 from engine.models.decoder import Decoder
+from engine.pinned import BUFFERS, Inbox, Packed, Pinned
 from engine.sampler import Sampled, is_plain, top_logprobs
 from engine.sequence import Sequence
 
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _NO_SLOT = -1  # a row that pads: its keys and values go nowhere
-_BUFFERS = 3  # two steps may be under way while a third is written
-
-
-class _Packed:
-    """Several integer tensors in one run of bytes, so that they travel in one copy."""
-
-    def __init__(self, shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        self._shapes = shapes
-        self.bytes = sum(_size(dtype, shape) for dtype, shape in shapes.values())
-
-    def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Each tensor within `buffer` uint8 [bytes]."""
-        views, at = {}, 0
-        for name, (dtype, shape) in self._shapes.items():
-            size = _size(dtype, shape)
-            views[name] = buffer[at : at + size].view(dtype)[: _count(shape)].view(shape)
-            at += size
-        return views
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """In bytes, rounded up so that what follows is aligned for any dtype."""
-    return -(-_count(shape) * dtype.itemsize // 16) * 16
 
 
 def _of(batch: Batch) -> dict[str, Tensor]:
@@ -82,46 +56,6 @@ class _Graph:
     inputs: dict[str, Tensor]
     logits: Tensor
     best: Tensor
-
-
-class _Inbox:
-    """Pinned buffers in turn, each reused once the copy from it is done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._turns = cycle([_Pinned(device) for _ in range(_BUFFERS)])
-
-    def upload(self, packed: _Packed, values: dict[str, Tensor]) -> Tensor:
-        """uint8 [bytes] on the device, on its way."""
-        pinned = next(self._turns)
-        buffer = pinned.take(packed.bytes)
-        for name, view in packed.views(buffer).items():
-            view.copy_(values[name])
-        there = buffer.to(self._device, non_blocking=True)
-        pinned.used()
-        return there
-
-
-class _Pinned:
-    """One pinned buffer that grows. For the CPU, where the tests run, there is nothing to pin."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._done = torch.cuda.Event() if self._on_gpu else None
-
-    def take(self, size: int) -> Tensor:
-        """uint8 [size], once the copy that was queued before is done."""
-        if self._done is not None:
-            self._done.synchronize()
-        if len(self._buffer) < size:
-            self._buffer = torch.empty(2 * size, dtype=torch.uint8, pin_memory=self._on_gpu)
-        return self._buffer[:size]
-
-    def used(self) -> None:
-        """A copy from or to it is queued."""
-        if self._done is not None:
-            self._done.record()
 
 
 class CudaRunner:
@@ -148,8 +82,8 @@ class CudaRunner:
         self._width = width
         self._sizes = tuple(size for size in graph_sizes if size <= samples)
         self._graphs: dict[int, _Graph] = {}
-        self._inbox = _Inbox(self._device)
-        self._outbox = cycle([_Pinned(self._device) for _ in range(_BUFFERS)])
+        self._inbox = Inbox(self._device)
+        self._outbox = cycle([Pinned(self._device) for _ in range(BUFFERS)])
         self._said = Said()
         # Sample i of the step before: what a placeholder -1 - i stands for.
         self._last = torch.zeros(samples, dtype=torch.int64, device=self._device)
@@ -235,7 +169,7 @@ class CudaRunner:
             "contexts": _padded(batch.contexts, size, 0),
             "block_table": batch.block_table,
         }
-        packed = _Packed({name: (t.dtype, tuple(t.shape)) for name, t in padded.items()})
+        packed = Packed({name: (t.dtype, tuple(t.shape)) for name, t in padded.items()})
         arrived = packed.views(self._inbox.upload(packed, padded))
         for name in ("tokens", "positions", "slots", "contexts"):
             graph.inputs[name].copy_(arrived[name])
@@ -246,7 +180,7 @@ class CudaRunner:
 
     def _queue(self, batch: Batch, attention: Attention) -> tuple[Tensor, Tensor]:
         values = _of(batch)
-        packed = _Packed({name: (t.dtype, tuple(t.shape)) for name, t in values.items()})
+        packed = Packed({name: (t.dtype, tuple(t.shape)) for name, t in values.items()})
         there = batch.on(**packed.views(self._inbox.upload(packed, values)))
         return self._forward(there, attention(there), there.sampled_rows)
 
@@ -265,10 +199,10 @@ class CudaRunner:
         return logits, self._model.ops.argmax(logits)
 
     def _idle(self, singles: int, prompt: int = 0) -> Batch:
-        """A batch that means nothing, in tensors of its own: `singles` rows without a context, then
-        a prompt of so many rows. It reads the first block at most and writes nothing."""
+        """A batch that means nothing, in tensors of its own: `singles` first tokens, then a prompt
+        of so many rows. All read the first block and none writes."""
         counts = (1,) * singles + (prompt,) * bool(prompt)
-        lengths = (0,) * singles + (prompt,) * bool(prompt)
+        lengths = (1,) * singles + (prompt,) * bool(prompt)
         starts = list(accumulate(counts, initial=0))
 
         def tensor(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:

@@ -110,6 +110,8 @@ async def serve(
     if engine is None:
         return 0
     times["loaded"] = process.age()
+    if engine.model.model.ops.name == "native":
+        torch.set_num_threads(1)  # its own threads would spin where ours want to work
     parts = _parts(config, directory, engine.model)
     room = furnish(parts)
     control_address = f"{config.host}:{port}"

@@ -23,20 +23,46 @@ using namespace attention;
 namespace {
 
 constexpr int64_t SPLIT = 128;
-// Values that all heads pass over before the next are touched.
-constexpr int64_t TILE = 32;
+// Tokens that all heads pass over, for scores and again for values, before the next are touched.
+constexpr int64_t TILE = 16;
 // Bytes of a slot that a task reads: blocks lie anywhere, so the hardware must find a run to follow.
 constexpr int64_t RUN_BYTES = 1024;
 // How many heads share a loaded key or value, so that accumulators and operands fit the registers.
 constexpr int SCORE_HEADS = LANES == 16 ? 8 : 6;
 constexpr int VALUE_HEADS = LANES == 16 ? 6 : 4;
 constexpr int VALUE_VECTORS = LANES == 16 ? 4 : 2;
-// Tokens ahead of the one in use: memory answers after some hundred cycles.
-constexpr int64_t AHEAD = TILE;
+// Fetches the next tile from memory while this one is computed: a cache line now and then, because
+// a CPU drops prefetches that come faster than its misses are answered.
+class Ahead {
+public:
+    // The rows of `bytes` at base + places[from], base + places[from + 1] and so on, in elements.
+    template <typename T>
+    Ahead(const T* base, const int64_t* places, int64_t from, int64_t count, int64_t bytes)
+        : base(reinterpret_cast<const char*>(base)), size(sizeof(T)), bytes(bytes),
+          place(places + std::min(from, count - 1)), last(places + count - 1) {
+        begin_row();
+    }
 
-INLINE void prefetch(const char* first, int64_t bytes) {
-    for (int64_t byte = 0; byte < bytes; byte += 64) _mm_prefetch(first + byte, _MM_HINT_T0);
-}
+    INLINE void line() {
+        _mm_prefetch(at, _MM_HINT_T0);
+        at += 64;
+        if (__builtin_expect(at >= end, 0)) {
+            if (place < last) place++;
+            begin_row();
+        }
+    }
+
+private:
+    INLINE void begin_row() {
+        at = base + *place * size;
+        end = at + bytes;
+    }
+
+    const char* base;
+    int64_t size, bytes;
+    const int64_t *place, *last;
+    const char *at, *end;
+};
 
 struct Step {
     const float* q;
@@ -62,7 +88,7 @@ struct Task {
 
 // What a task works in; `heads` are its query heads.
 struct Scratch {
-    int64_t* places;  // [SPLIT + AHEAD] of the tokens; behind the last, the last again
+    int64_t* places;  // [SPLIT + LANES] of the tokens; behind the last, the last again
     float* q;         // [heads, padded]
     float* sums;      // [heads, padded]
     float* scores;    // [heads, SPLIT], then their exponentials
@@ -72,8 +98,8 @@ struct Scratch {
     Scratch(int64_t heads, int64_t padded) {
         const int64_t floats = heads * (2 * padded + SPLIT + 2);
         places = static_cast<int64_t*>(pool::scratch(
-            sizeof(int64_t) * (SPLIT + AHEAD) + sizeof(float) * static_cast<size_t>(floats)));
-        q = reinterpret_cast<float*>(places + SPLIT + AHEAD);
+            sizeof(int64_t) * (SPLIT + LANES) + sizeof(float) * static_cast<size_t>(floats)));
+        q = reinterpret_cast<float*>(places + SPLIT + LANES);
         sums = q + heads * padded;
         scores = sums + heads * padded;
         largest = scores + heads * SPLIT;
@@ -103,7 +129,9 @@ INLINE void by_heads(int64_t heads, const Body& body) {
 // Scores of LANES tokens and H heads. Lanes are tokens.
 template <int H, typename T>
 INLINE void score(const T* keys, const int64_t* places, const float* q, int64_t head_dim,
-                  int64_t padded, float* scores) {
+                  int64_t padded, float* scores, Ahead& next) {
+    constexpr int PACE = 64 / (LANES * static_cast<int>(sizeof(T)));  // steps for a line as used
+    Ahead ahead = next;  // a copy that lives in registers
     Vec sums[H];
     for (Vec& sum : sums) sum = zero();
     for (int64_t i = 0; i < head_dim; i += LANES) {
@@ -117,12 +145,15 @@ INLINE void score(const T* keys, const int64_t* places, const float* q, int64_t 
         }
         transpose(part);
 #pragma GCC unroll 16
-        for (int j = 0; j < LANES; j++)
+        for (int j = 0; j < LANES; j++) {
+            if (j % PACE == 0) ahead.line();
 #pragma GCC unroll 8
             for (int head = 0; head < H; head++)
                 sums[head] = fma(part[j], splat(q[head * padded + i + j]), sums[head]);
+        }
     }
     for (int head = 0; head < H; head++) store(scores + head * SPLIT, sums[head]);
+    next = ahead;
 }
 
 template <typename T>
@@ -130,17 +161,14 @@ void score_all(const Step& step, const Task& task, const Scratch& work, const T*
                const T* values, int64_t count) {
     const int64_t group = step.group(), d = step.head_dim;
     const int64_t run = task.kv_heads * d * static_cast<int64_t>(sizeof(T));
+    Ahead ahead(keys, work.places, LANES, count, run);
     for (int64_t token = 0; token < count; token += LANES) {
-        for (int64_t next = token + AHEAD; next < token + AHEAD + LANES; next++) {
-            const T* row = next < count ? keys + work.places[next]
-                                        : values + work.places[std::min(next - count, count)];
-            prefetch(reinterpret_cast<const char*>(row), run);
-        }
+        if (count - token <= LANES) ahead = Ahead(values, work.places, 0, count, run);
         for (int64_t kv_head = 0; kv_head < task.kv_heads; kv_head++)
             by_heads<SCORE_HEADS>(group, [&](auto heads, int64_t some) {
                 const int64_t head = kv_head * group + some;
                 score<heads>(keys + kv_head * d, work.places + token, work.q + head * step.padded,
-                             d, step.padded, work.scores + head * SPLIT + token);
+                             d, step.padded, work.scores + head * SPLIT + token, ahead);
             });
     }
 }
@@ -160,16 +188,17 @@ INLINE void soften(float* scores, int64_t count, float& largest, float& total) {
     total = sum(sums);
 }
 
-// sums [H, C vectors] += weights [H, count] x values [count, C vectors].
+// sums [H, C vectors] += weights [H, count] x values [count, C vectors]; the last vector may be cut.
 template <int H, int C, typename T>
 INLINE void add_values(const T* values, const int64_t* places, int64_t count, const float* weights,
-                       int64_t last_lanes, float* sums, int64_t padded, int64_t ahead_bytes) {
+                       int64_t last_lanes, float* sums, int64_t padded, Ahead& next, int64_t lines) {
+    Ahead ahead = next;
     Vec held[H][C];
     for (int head = 0; head < H; head++)
         for (int c = 0; c < C; c++) held[head][c] = load(sums + head * padded + c * LANES);
     for (int64_t token = 0; token < count; token++) {
+        for (int64_t i = 0; i < lines; i++) ahead.line();
         const T* row = values + places[token];
-        prefetch(reinterpret_cast<const char*>(values + places[token + AHEAD]), ahead_bytes);
         Vec value[C];
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++)
@@ -184,18 +213,23 @@ INLINE void add_values(const T* values, const int64_t* places, int64_t count, co
     }
     for (int head = 0; head < H; head++)
         for (int c = 0; c < C; c++) store(sums + head * padded + c * LANES, held[head][c]);
+    next = ahead;
 }
 
 template <typename T>
 void add_all(const Step& step, const Task& task, const Scratch& work, const T* values,
              int64_t count) {
+    constexpr int64_t WIDTH = VALUE_VECTORS * LANES;
     const int64_t group = step.group(), d = step.head_dim;
+    const int64_t head_bytes = d * static_cast<int64_t>(sizeof(T));
+    const int64_t passes = (d + WIDTH - 1) / WIDTH * ((group + VALUE_HEADS - 1) / VALUE_HEADS);
+    const int64_t lines = (head_bytes + 64 * passes - 1) / (64 * passes);  // in a step of a pass
     for (int64_t token = 0; token < count; token += TILE) {
         const int64_t tokens = std::min(TILE, count - token);
-        int64_t ahead = task.kv_heads * d * static_cast<int64_t>(sizeof(T));  // once for each token
+        Ahead ahead(values, work.places, token + TILE, count, task.kv_heads * head_bytes);
         for (int64_t kv_head = 0; kv_head < task.kv_heads; kv_head++)
-            for (int64_t i = 0; i < step.padded; i += VALUE_VECTORS * LANES) {
-                const int64_t width = std::min<int64_t>(d - i, VALUE_VECTORS * LANES);
+            for (int64_t i = 0; i < d; i += WIDTH) {
+                const int64_t width = std::min(d - i, WIDTH);
                 const int64_t vectors = (width + LANES - 1) / LANES;
                 const int64_t last = width - (vectors - 1) * LANES;
                 with_constant<VALUE_VECTORS>(vectors, [&](auto columns) {
@@ -204,8 +238,7 @@ void add_all(const Step& step, const Task& task, const Scratch& work, const T* v
                         add_values<heads, columns>(
                             values + kv_head * d + i, work.places + token, tokens,
                             work.scores + head * SPLIT + token, last,
-                            work.sums + head * step.padded + i, step.padded, ahead);
-                        ahead = 0;
+                            work.sums + head * step.padded + i, step.padded, ahead, lines);
                     });
                 });
             }
@@ -218,7 +251,7 @@ void attend(const Step& step, const Task& task, const Scratch& work, const T* ke
             const T* values, int64_t begin, int64_t end) {
     const int64_t heads = task.kv_heads * step.group(), count = end - begin, d = step.head_dim;
     step.table.find(task.sequence, begin, end, step.stride, task.kv_head * d, work.places);
-    std::fill_n(work.places + count, AHEAD, work.places[count - 1]);
+    std::fill_n(work.places + count, LANES, work.places[count - 1]);
     const float* q = step.q + (task.sequence * step.heads + task.kv_head * step.group()) * d;
     for (int64_t head = 0; head < heads; head++)
         copy_query(q + head * d, d, step.scale, work.q + head * step.padded);

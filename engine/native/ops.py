@@ -66,7 +66,7 @@ def rope_write_reference(
     slots: Tensor,
 ) -> Tensor:
     parts = qkv.view(len(qkv), heads + 2 * kv_heads, -1)
-    q, k, v = parts.split((heads, kv_heads, kv_heads), dim=1)
+    q, k, v = torch.split(parts, [heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None:
         q = rms_norm_reference(q, q_norm, eps)
     if k_norm is not None:
