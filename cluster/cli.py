@@ -21,6 +21,7 @@ COMMANDS = {
     "bench gateway": ("bench.gateway", "what streaming costs the gateway, beside bare uvicorn"),
     "bench cpu": ("bench.cpu", "prefill and decode on the CPU beside other engines"),
     "bench accuracy": ("bench.accuracy", "logits and perplexity of each precision"),
+    "bench attention": ("bench.attention_cpu", "attention on the CPU beside torch and the limits"),
     "bench linear": ("bench.linear", "matrix products on the CPU beside torch and the limits"),
     "bench compare": ("bench.compare", "divided against undivided on the same cores"),
 }

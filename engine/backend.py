@@ -93,8 +93,9 @@ def _native_ops(
     reason = reason or native.why_not() or unfit(config)
     if reason:
         raise StartError(f"--kernels native: {reason}")
-    storage = "bfloat16" if dtype is torch.bfloat16 else "float32"
-    return NativeOps(dtype, "int8" if quantization == "int8" else storage)
+    if quantization == "int8":
+        return NativeOps(dtype, "int8")
+    return NativeOps(dtype, "bfloat16" if dtype is torch.bfloat16 else "float32")
 
 
 def _triton_ops(

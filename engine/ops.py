@@ -99,7 +99,7 @@ class TorchOps(Plainly):
     ) -> Write:
         count, kv_count = heads
         parts = qkv.view(len(qkv), count + 2 * kv_count, -1)
-        q, k, v = torch.split(parts, (count, kv_count, kv_count), dim=1)
+        q, k, v = torch.split(parts, [count, kv_count, kv_count], dim=1)
         if norms is not None:
             q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
         return written(rotate(q, *angles), rotate(k, *angles), v)
