@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import zmq
 
@@ -18,7 +18,9 @@ from engine import worker
 from engine.batch import Batch
 from engine.layers.attention import Attend
 from engine.worker import Parts
+from kvtransfer.cuda_ipc import CudaIpc, CudaIpcHost
 from kvtransfer.landing import Landings
+from kvtransfer.near import NearHost
 from kvtransfer.receiver import Receiver
 from kvtransfer.shared_memory import SharedMemoryHost
 from kvtransfer.zeromq import ZmqHost
@@ -51,11 +53,15 @@ class DecodeRoom:
             config.credit_bytes,
         )
         self._host = ZmqHost(self._context, receiver)
-        self._near = SharedMemoryHost(receiver)
+        ipc = CudaIpc.of(parts.cache)
+        self._nears: list[NearHost[Any]] = [SharedMemoryHost(receiver)]
+        if ipc is not None:
+            self._nears.append(CudaIpcHost(receiver, ipc))
         landings = NoLandings if config.role == BOTH else Landings
         if config.role != BOTH:
             self._host.start(f"tcp://{config.host}:{config.data_port or '*'}")
-            self._near.start(parts.hello.peer)
+            for near in self._nears:
+                near.start(parts.hello.peer)
         self.stage = DecodeStage(
             parts.cache,
             parts.pool,
@@ -81,6 +87,7 @@ class DecodeRoom:
         return self._host.metrics()
 
     def close(self) -> None:
-        self._near.close()
+        for near in reversed(self._nears):
+            near.close()
         self._host.close()
         self._context.destroy(linger=0)

@@ -39,6 +39,7 @@ import xxhash
 
 from cluster.errors import HandshakeRefused
 from cluster.messages import KVLayout
+from engine.staging import Body, DeviceBody
 
 VERSION = 1
 MAGIC = b"BATN"
@@ -47,7 +48,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 """A dtype's code on the wire is its place here."""
 _ITEM_BYTES = (4, 2, 2)
 
-Buffer = bytes | bytearray | memoryview
+Buffer = Body
 Digest = Callable[[Buffer], int]
 
 _PREFIX = Struct("<4sHHQQQ")
@@ -254,6 +255,9 @@ def row_bytes(layout: KVLayout) -> int:
 
 
 def digest_of(body: Buffer) -> int:
+    """Of a body on a device what the device found: its bytes are not here."""
+    if isinstance(body, DeviceBody):
+        return body.digest
     return int(xxhash.xxh3_64_intdigest(body))
 
 
@@ -284,17 +288,15 @@ def decode(parts: list[Buffer], chunk_digest: Digest = digest_of) -> Frame:
     """
     if len(parts) != 2:
         raise BadFrame(f"{len(parts)} parts")
-    header, body = parts
+    header, body = bytes(parts[0]), parts[1]
     start = _PREFIX.size + _DIGEST.size
     if len(header) < start:
         raise BadFrame("short header")
     magic, version, number, serial, length, digest = _PREFIX.unpack_from(header)
     if magic != MAGIC:
         raise BadFrame("wrong magic")
-    packed = bytes(header[start:])
-    if _DIGEST.unpack_from(header, _PREFIX.size)[0] != digest_of(
-        bytes(header[: _PREFIX.size]) + packed
-    ):
+    packed = header[start:]
+    if _DIGEST.unpack_from(header, _PREFIX.size)[0] != digest_of(header[: _PREFIX.size] + packed):
         raise BadFrame("header does not match its digest")
     if version != VERSION:
         raise HandshakeRefused(f"data plane version {version} meets {VERSION}")

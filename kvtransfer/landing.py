@@ -22,7 +22,8 @@ from cluster.ids import new_id
 from cluster.lifecycle import LandingState, advance_landing
 from cluster.messages import Landing, Peer, Request
 from engine.blocks import Block, BlockPool
-from engine.cache import KVCache, Slots
+from engine.cache import KVCache
+from engine.staging import Slots
 from kvtransfer.cells import Cells
 from kvtransfer.frames import (
     Ack,

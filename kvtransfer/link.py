@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -19,6 +19,7 @@ import numpy as np
 from cluster.errors import BatonError, HandshakeRefused, TransferFailed, WorkerLost
 from cluster.messages import Hello, Peer
 from cluster.wire.codec import decode_hello, encode_hello
+from engine.staging import Room
 from kvtransfer.frames import (
     Ack,
     BadFrame,
@@ -55,7 +56,7 @@ RESENDS = 2
 """How often a body that arrived damaged is sent again."""
 
 
-Fill = Callable[[memoryview], object]
+Fill = Callable[[Room], Awaitable[None] | None]
 Sent = Callable[[int], None]
 
 
@@ -87,10 +88,11 @@ class Link(Protocol):
     async def send(self, chunk: Chunk, size: int, fill: Fill, sent: Sent = ignore) -> int:
         """Returns once the peer has written the chunk: the digest of its body.
 
-        Waits for credit, then calls `fill` with memory for the body, `size` bytes, in the caller's
-        task, so never after the caller was cancelled. Calls `sent` with the digest once the chunk
-        is under way: what is asked later arrives behind it, unless it arrives damaged. Raises
-        TransferFailed when the peer rejects it or it keeps arriving damaged.
+        Waits for credit, then calls `fill` with memory for the body, `size` bytes, and awaits what
+        that returns, in the caller's task, so never after the caller was cancelled. Calls `sent`
+        with the digest once the chunk is under way: what is asked later arrives behind it, unless
+        it arrives damaged. Raises TransferFailed when the peer rejects it or it keeps arriving
+        damaged.
         """
 
     async def renew(self, renew: Renew) -> None:
@@ -124,10 +126,10 @@ class Wire(Protocol):
 class Rooms(Protocol):
     """Where the bodies of a link's chunks lie until they are answered."""
 
-    async def room(self, size: int) -> memoryview:
+    async def room(self, size: int) -> Room:
         """Writable memory of `size` bytes. May wait until some is free. Raises WorkerLost."""
 
-    def free(self, room: memoryview) -> None:
+    def free(self, room: Room) -> None:
         """The peer needs it no longer."""
 
 
@@ -147,7 +149,8 @@ class Heap:
                 return room
         return np.empty(size, dtype=np.uint8).data
 
-    def free(self, room: memoryview) -> None:
+    def free(self, room: Room) -> None:
+        assert isinstance(room, memoryview)
         self._freed.append(room)
 
 
@@ -225,7 +228,7 @@ class _Question:
     answered: asyncio.Future[Frame]
     size: int  # bytes of credit that come back with the answer
     due: float  # when the link is lost without it
-    room: memoryview | None = None  # to be freed with the answer: who asked has gone
+    room: Room | None = None  # to be freed with the answer: who asked has gone
 
 
 class FramedLink:
@@ -287,7 +290,8 @@ class FramedLink:
             credit.give(size)
             raise
         try:
-            fill(room)
+            if (filling := fill(room)) is not None:
+                await filling
             digest = self._digest(room)
         except BaseException:
             self._rooms.free(room)

@@ -7,14 +7,17 @@ or neither. What can be connected to and mapped is near, everything else is far.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import zmq
 
 from cluster.errors import WorkerLost
 from cluster.messages import Hello, Peer
+from engine.staging import Room
+from kvtransfer.cuda_ipc import CudaIpc, CudaIpcWire
 from kvtransfer.frames import Buffer
 from kvtransfer.link import ANSWER_TIMEOUT_S, FramedLink, Heap, Rooms, Wire
+from kvtransfer.near import NearWire
 from kvtransfer.shared_memory import SharedMemoryWire
 from kvtransfer.zeromq import ZmqWire
 
@@ -22,10 +25,10 @@ log = logging.getLogger(__name__)
 
 
 class Nearest:
-    """A Wire, and its Rooms, that is `near` if that can be opened and `far` otherwise."""
+    """A Wire, and its Rooms: the first of `nears` that can be opened, `far` if none can."""
 
-    def __init__(self, near: SharedMemoryWire, far: Wire) -> None:
-        self._near = near
+    def __init__(self, nears: Sequence[NearWire], far: Wire) -> None:
+        self._nears = nears
         self._far = far
         self._wire: Wire = far
         self._rooms: Rooms = Heap()
@@ -33,27 +36,31 @@ class Nearest:
     async def open(
         self, received: Callable[[list[Buffer]], None], lost: Callable[[str], None]
     ) -> None:
-        try:
-            await self._near.open(received, lost)
-        except WorkerLost as error:
-            self._near.close()
-            log.info("KV goes over ZeroMQ", extra={"reason": error.message})
-            await self._far.open(received, lost)
-        else:
-            self._wire, self._rooms = self._near, self._near
+        reasons = []
+        for near in self._nears:
+            try:
+                await near.open(received, lost)
+            except WorkerLost as error:
+                near.close()
+                reasons.append(error.message)
+            else:
+                self._wire, self._rooms = near, near
+                return
+        log.info("KV goes over ZeroMQ", extra={"reason": "; ".join(reasons)})
+        await self._far.open(received, lost)
 
-    async def room(self, size: int) -> memoryview:
+    async def room(self, size: int) -> Room:
         return await self._rooms.room(size)
 
-    def free(self, room: memoryview) -> None:
+    def free(self, room: Room) -> None:
         self._rooms.free(room)
 
     def send(self, parts: tuple[Buffer, Buffer]) -> None:
         self._wire.send(parts)
 
     def close(self) -> None:
-        self._near.close()
-        self._far.close()
+        for wire in (*self._nears, self._far):
+            wire.close()
 
 
 def link_to(
@@ -62,8 +69,12 @@ def link_to(
     hello: Hello,
     peer: Peer,
     answer_timeout: float = ANSWER_TIMEOUT_S,
+    ipc: CudaIpc | None = None,
 ) -> FramedLink:
     """A Link, not yet open, from the worker that `hello` describes to `peer`, whose ROUTER is at
-    `address`."""
-    wire = Nearest(SharedMemoryWire(peer), ZmqWire(context, address))
+    `address`. `ipc` is for a worker whose KV is on a GPU."""
+    nears: list[NearWire] = [SharedMemoryWire(peer)]
+    if ipc is not None:
+        nears.insert(0, CudaIpcWire(peer, ipc))
+    wire = Nearest(nears, ZmqWire(context, address))
     return FramedLink(wire, hello, peer, rooms=wire, answer_timeout=answer_timeout)

@@ -18,7 +18,12 @@ class Ring:
     def __init__(self, total: int) -> None:
         self.total = total
         self._taken: dict[int, int] = {}  # start -> stop
-        self._free = [(0, total)]  # in order, no two of them touch
+        self._free = [(0, total)] if total else []  # in order, no two of them touch
+
+    def grow(self, total: int) -> None:
+        """To so many bytes. None of them is in use yet."""
+        assert not self._taken and total >= self.total
+        self.total, self._free = total, [(0, total)]
 
     @property
     def taken(self) -> int:

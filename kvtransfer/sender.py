@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 
 from cluster import metrics
 from cluster.errors import BatonError, Cancelled, DeadlineExceeded, StartError, TransferFailed
 from cluster.messages import Landing, Peer
-from engine.cache import KVCache, Slots, group_spans
+from engine.cache import KVCache, group_spans
+from engine.staging import NOW, Mark, Room, Slots, passed
 from kvtransfer.frames import (
     MAX_BODY,
     Address,
@@ -53,11 +54,13 @@ class Handoff:
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """These layers of these tokens are final in `slots` [tokens], until the handoff is released."""
+    """These layers of these tokens are final in `slots` [tokens] once `ready` has passed, until the
+    handoff is released."""
 
     layers: range
     tokens: range
     slots: Slots
+    ready: Mark = NOW
 
 
 @dataclass(slots=True)
@@ -228,6 +231,7 @@ class Sender:
                     sealing = pushes.create_task(self._seal(run, link))
                     index = 0
                     while (announcement := await run.mail.get()) is not None:
+                        await passed(announcement.ready)
                         for box, slots in self._pieces(announcement, landing.cached_tokens, link):
                             pushes.create_task(self._push(run, link, index, box, slots))
                             index += 1
@@ -263,8 +267,8 @@ class Sender:
         chunk = Chunk(run.address, index, box, self._cache.layout.dtype)
         size = self._cache.token_bytes(box.layers) * len(slots)
 
-        def fill(room: memoryview) -> None:
-            self._cache.gather(box.layers, slots, out=room)
+        def fill(room: Room) -> Awaitable[None] | None:
+            return self._cache.fill(box.layers, slots, room)
 
         def sent(digest: int) -> None:
             run.digests[index] = digest

@@ -19,6 +19,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from cluster import metrics
 from cluster.errors import StartError, WorkerLost
+from engine.staging import DeviceBody
 from kvtransfer.frames import MAX_BODY, Buffer
 from kvtransfer.receiver import Receiver
 
@@ -52,9 +53,11 @@ class _Port:
         self._loop.add_reader(self._wakeups, self._drain)
         self._loop.call_soon(self._drain)
 
-    def send(self, parts: list[Buffer]) -> None:
+    def send(self, *parts: Buffer) -> None:
         """Raises zmq.ZMQError if it cannot be queued at once. The parts are not copied."""
-        self._socket.send_multipart(parts, zmq.NOBLOCK, copy=False)
+        here = [part for part in parts if not isinstance(part, DeviceBody)]
+        assert len(here) == len(parts), "a body on a device"
+        self._socket.send_multipart(here, zmq.NOBLOCK, copy=False)
         # ZeroMQ tells of news once, and the send may have been what it told: look again.
         self._loop.call_soon(self._drain)
 
@@ -110,7 +113,7 @@ class ZmqWire:
     def send(self, parts: tuple[Buffer, Buffer]) -> None:
         assert self._port is not None, "sent before it was opened"
         try:
-            self._port.send(list(parts))
+            self._port.send(*parts)
         except zmq.ZMQError as error:
             raise WorkerLost(f"cannot send: {error}") from error
 
@@ -173,7 +176,7 @@ class ZmqHost:
     def _send(self, route: bytes, parts: tuple[Buffer, Buffer]) -> None:
         assert self._port is not None
         try:
-            self._port.send([route, *parts])
+            self._port.send(route, *parts)
         except zmq.ZMQError:
             # Gone (EHOSTUNREACH) or not reading (EAGAIN): its own deadlines tell it.
             self.counters["undelivered"] += 1

@@ -16,6 +16,7 @@ from engine import worker
 from engine.batch import Batch
 from engine.layers.attention import Attend
 from engine.worker import Parts
+from kvtransfer.cuda_ipc import CudaIpc
 from kvtransfer.link import Link
 from kvtransfer.nearest import link_to
 from kvtransfer.sender import Announcement, Carried, Handoff, Sender
@@ -54,6 +55,7 @@ class PrefillRoom:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._ipc = CudaIpc.of(parts.cache)
         config = parts.config
         later = asyncio.get_running_loop().call_soon_threadsafe
         self._sender = Sender(parts.cache, self._connect, self._released, config.chunk_bytes)
@@ -87,7 +89,12 @@ class PrefillRoom:
 
     def _connect(self, landing: Landing) -> Link:
         return link_to(
-            self._context, landing.address, self._parts.hello, landing.peer, landing.lease_s
+            self._context,
+            landing.address,
+            self._parts.hello,
+            landing.peer,
+            landing.lease_s,
+            self._ipc,
         )
 
     def _released(self, handoff: Handoff, error: BatonError | None, carried: Carried) -> None:

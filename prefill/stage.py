@@ -27,6 +27,7 @@ from engine.cache import KVCache, group_spans
 from engine.layers.attention import Attend, Write
 from engine.sampler import Sampled
 from engine.sequence import Sequence
+from engine.staging import Mark
 from kvtransfer.sender import Announcement, Handoff
 from prefill import scheduler
 from prefill.attention import MakeAttend, PrefillAttention
@@ -132,7 +133,8 @@ class PrefillStage:
     def plan(self) -> Plan:
         for sequence in self._queue.admit(spare=0, seats=len(self._queue.waiting)):
             if sequence.computed and sequence.key in self._landings:  # found in the prefix cache
-                self._announce(sequence, range(len(self._windows)), 0, sequence.computed)
+                layers = range(len(self._windows))
+                self._announce(sequence, layers, 0, sequence.computed, self._cache.mark())
         plan = Plan(scheduler.chunks(self._queue.prefilling, self._budget))
         for chunk in plan.chunks:
             chunk.sequence.schedule(self._clock())
@@ -154,9 +156,10 @@ class PrefillStage:
 
             def attend_and_announce(layer: int, write: Write) -> torch.Tensor:
                 out = attend(layer, write)
-                if layer in ends:
+                if pushed and layer in ends:
+                    ready = self._cache.mark()
                     for sequence, start, stop in pushed:
-                        self._announce(sequence, ends[layer], start, stop)
+                        self._announce(sequence, ends[layer], start, stop, ready)
                 return out
 
             return attend_and_announce
@@ -258,10 +261,14 @@ class PrefillStage:
         self._landings.pop(sequence.key, None)
         del self._live[sequence.key]
 
-    def _announce(self, sequence: Sequence, layers: range, start: int, stop: int) -> None:
-        """This KV is final, and stays in these slots until the handoff has ended."""
+    def _announce(
+        self, sequence: Sequence, layers: range, start: int, stop: int, ready: Mark
+    ) -> None:
+        """This KV is final once `ready` has passed, and stays in these slots until the handoff has
+        ended."""
         slots = self._cache.slots_of(sequence.blocks, start, stop)
-        self._pushes.announce(*sequence.key, Announcement(layers, range(start, stop), slots))
+        announcement = Announcement(layers, range(start, stop), slots, ready)
+        self._pushes.announce(*sequence.key, announcement)
 
     def _layer_parts(self, tokens: int) -> list[range]:
         """The layers, cut so that this step's KV of one part is about `chunk_bytes`."""

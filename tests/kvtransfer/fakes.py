@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import replace
+
+import numpy as np
+import torch
 
 from cluster.errors import WorkerLost
 from cluster.messages import Fingerprint, Hello, KVLayout, LayerGroup, Peer, Request
 from engine.blocks import Block, BlockPool
 from engine.cache import KVCache
+from engine.staging import Room
+from kvtransfer.cuda_ipc import CudaIpc, Digests, _Place
 from kvtransfer.frames import Ack, Buffer, Fields, Manifest, Sealed
 from kvtransfer.landing import Landings
 from kvtransfer.link import Fill, FramedLink
 from kvtransfer.receiver import Arrived, Receiver
+from tests.engine.fake_device import FakeDevice
 
 LAYOUT = KVLayout((LayerGroup(2, 2, 4), LayerGroup(1, 3, 2, window=8)), "float32")
 PREFILL_PEER, DECODE_PEER = Peer("p", 11), Peer("d", 22)
@@ -88,10 +96,65 @@ def memory_link(host: MemoryHost, mine: Hello | None = None, **options: float) -
 def put(body: bytes) -> Fill:
     """Fills a room with `body`."""
 
-    def fill(room: memoryview) -> None:
-        room[:] = body
+    def fill(room: Room) -> None:
+        if isinstance(room, memoryview):
+            room[:] = body
+        else:
+            room.write(torch.frombuffer(bytearray(body), dtype=torch.uint8) if body else NOTHING)
 
     return fill
+
+
+NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+def inside(room: Room) -> bytes:
+    """What lies in it now."""
+    if isinstance(room, memoryview):
+        return bytes(room)
+    assert isinstance(room, _Place)
+    return ctypes.string_at(room._wire._address + room._start, room.size)
+
+
+class FakeDriver:
+    """Memory of the host in place of a device's, and of one process in place of two."""
+
+    def __init__(self) -> None:
+        self.exported: dict[int, tuple[bytes, np.ndarray]] = {}  # by address
+        self.opened: list[int] = []
+        self.refuses = False
+        self.fails = False
+
+    def export(self, size: int) -> tuple[int, bytes]:
+        if self.refuses:
+            raise OSError("out of memory")
+        memory, handle = np.zeros(size, np.uint8), os.urandom(64)
+        self.exported[memory.ctypes.data] = handle, memory
+        return memory.ctypes.data, handle
+
+    def free(self, address: int) -> None:
+        assert address not in self.opened, "freed while a sender has it open"
+        del self.exported[address]
+
+    def open(self, handle: bytes) -> int:
+        for address, (known, _) in self.exported.items():
+            if handle == known and not self.refuses:
+                self.opened.append(address)
+                return address
+        raise OSError("cannot be reached")
+
+    def close(self, address: int) -> None:
+        self.opened.remove(address)
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        if self.fails:
+            raise OSError("an illegal address")
+        ctypes.memmove(to, source, size)
+
+
+def fake_ipc(late: bool = False) -> CudaIpc:
+    gpu = FakeDevice(late)
+    return CudaIpc(gpu, FakeDriver(), Digests(gpu))
 
 
 class Yes:
@@ -116,11 +179,16 @@ class DecodeSide:
     """Pool, cache, landings and receiver of a decode worker, its step thread being the loop."""
 
     def __init__(
-        self, block_size: int = 4, blocks: int = 64, layout: KVLayout = LAYOUT, **options: int
+        self,
+        block_size: int = 4,
+        blocks: int = 64,
+        layout: KVLayout = LAYOUT,
+        gpu: FakeDevice | None = None,
+        **options: int,
     ) -> None:
         self.clock: Callable[[], float] = lambda: 0.0
         self.pool = BlockPool(blocks, block_size)
-        self.cache = KVCache(layout, blocks, block_size)
+        self.cache = KVCache(layout, blocks, block_size, gpu=gpu)
         self.landings = Landings(self.pool, self.cache, DECODE_PEER, "memory")
         self.sealed: list[tuple[str, int]] = []
         loop = asyncio.get_running_loop()

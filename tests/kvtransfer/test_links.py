@@ -7,11 +7,15 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 import pytest
+import torch
 import zmq
 
 from cluster.errors import HandshakeRefused, TransferFailed, WorkerLost
 from cluster.messages import Fingerprint, Hello, KVLayout, LayerGroup, Peer
+from engine.staging import DeviceBody, Room
+from kvtransfer.cuda_ipc import CudaIpcHost, CudaIpcWire, _Copy
 from kvtransfer.frames import (
+    MAX_BODY,
     Ack,
     Address,
     Box,
@@ -30,11 +34,14 @@ from kvtransfer.shared_memory import SharedMemoryHost, SharedMemoryWire
 from kvtransfer.zeromq import ZmqHost, ZmqWire
 from tests.kvtransfer.fakes import (
     DECODE_PEER,
+    NOTHING,
     PREFILL_PEER,
     MemoryHost,
     MemoryWire,
     Yes,
+    fake_ipc,
     hello,
+    inside,
     prefill_hello,
     put,
 )
@@ -48,8 +55,9 @@ def chunk(index: int = 0) -> Chunk:
     return Chunk(ADDRESS, index, BOX, "float32")
 
 
-def anything(room: memoryview) -> None:
+def anything(room: Room) -> None:
     """For bodies whose content does not matter."""
+    put(bytes(len(room)))(room)
 
 
 class Rig:
@@ -62,17 +70,22 @@ class Rig:
         self.receiver = Receiver(hello(), self.stage, loop.call_soon_threadsafe, CREDIT)
         self.links: list[FramedLink] = []
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.hosts: list[MemoryHost | ZmqHost | SharedMemoryHost] = []
+        self.hosts: list[MemoryHost | ZmqHost | SharedMemoryHost | CudaIpcHost] = []
+        self.ipc = fake_ipc()
         if kind == "memory":
             self.hosts.append(MemoryHost(self.receiver))
         if kind in ("zeromq", "far"):
             self.zmq = ZmqHost(self.context, self.receiver)
             self.zmq.start()
             self.hosts.append(self.zmq)
-        if kind in ("shared memory", "near"):
+        if kind in ("shared memory", "near", "nearest"):
             near = SharedMemoryHost(self.receiver)
             near.start(DECODE_PEER)
             self.hosts.append(near)
+        if kind in ("cuda ipc", "nearest"):
+            gpu = CudaIpcHost(self.receiver, self.ipc, MAX_BODY)
+            gpu.start(DECODE_PEER)
+            self.hosts.append(gpu)
 
     def link(
         self, mine: Hello | None = None, peer: Peer = DECODE_PEER, timeout: float = 5.0
@@ -84,12 +97,16 @@ class Rig:
             link = FramedLink(MemoryWire(self.hosts[0]), mine, peer, answer_timeout=timeout)
         elif self.kind == "shared memory":
             link = FramedLink(near, mine, peer, rooms=near, answer_timeout=timeout)
+        elif self.kind == "cuda ipc":
+            gpu = CudaIpcWire(DECODE_PEER, self.ipc)
+            link = FramedLink(gpu, mine, peer, rooms=gpu, answer_timeout=timeout)
         elif self.kind == "zeromq":
             wire = ZmqWire(self.context, self.zmq.address)
             link = FramedLink(wire, mine, peer, answer_timeout=timeout)
         else:
             address = self.zmq.address if self.kind == "far" else "tcp://nowhere"
-            nearest = Nearest(near, ZmqWire(self.context, address))
+            gpu = CudaIpcWire(DECODE_PEER, self.ipc)
+            nearest = Nearest((gpu, near), ZmqWire(self.context, address))
             link = FramedLink(nearest, mine, peer, rooms=nearest, answer_timeout=timeout)
         self.links.append(link)
         return link
@@ -106,9 +123,19 @@ class Rig:
         def altered(route: bytes, parts: list) -> None:  # type: ignore[type-arg]
             changed = change([bytes(part) for part in parts])
             if changed is not None:
+                if isinstance(parts[1], DeviceBody):
+                    changed[1] = self.on_device(changed[1])  # type: ignore[call-overload]
                 take(route, changed)  # type: ignore[arg-type]
 
         self.receiver.take = altered  # type: ignore[method-assign]
+
+    def on_device(self, body: bytes) -> DeviceBody:
+        content = torch.frombuffer(bytearray(body), dtype=torch.uint8) if body else NOTHING
+        return _Copy(self.ipc.device, content, self.ipc.digests.queue(content))
+
+    def digest(self, body: bytes) -> int:
+        """As this transport makes it."""
+        return digest_of(self.on_device(body) if self.kind in ("cuda ipc", "nearest") else body)
 
     def end_hosts(self) -> None:
         for host in self.hosts:
@@ -121,7 +148,7 @@ class Rig:
         self.context.term()
 
 
-@pytest.fixture(params=["memory", "zeromq", "shared memory", "near", "far"])
+@pytest.fixture(params=["memory", "zeromq", "shared memory", "near", "far", "cuda ipc", "nearest"])
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
     rig = Rig(request.param)
     yield rig
@@ -133,7 +160,7 @@ async def test_a_chunk_arrives_as_it_was_read_and_its_digest_comes_back(rig: Rig
     small, large = b"tiny", bytes(range(256)) * 1000
     for index, body in enumerate((small, large, b"")):
         digest = await link.send(chunk(index), len(body), put(body))
-        assert digest == digest_of(body)
+        assert digest == rig.digest(body)
         arrived = rig.stage.arrived[index]
         assert (arrived.fields, arrived.digest) == (chunk(index), digest)
         assert bytes(arrived.body) == body
@@ -147,7 +174,7 @@ async def test_many_sends_at_once_are_each_answered(rig: Rig) -> None:
             group.create_task(link.send(chunk(index), len(body), put(body)))
             for index, body in enumerate(bodies)
         ]
-    assert [task.result() for task in tasks] == [digest_of(body) for body in bodies]
+    assert [task.result() for task in tasks] == [rig.digest(body) for body in bodies]
     assert {a.fields.index for a in rig.stage.arrived if isinstance(a.fields, Chunk)} == {
         *range(40)
     }
@@ -206,7 +233,7 @@ async def test_what_is_asked_once_a_chunk_is_under_way_arrives_behind_it(rig: Ri
     sending = asyncio.create_task(link.send(chunk(), 4, put(b"good"), digests.append))
     while not digests:
         await asyncio.sleep(0)
-    assert digests == [digest_of(b"good")]
+    assert digests == [rig.digest(b"good")]
     rig.stage.silent = False
     await link.renew(Renew(ADDRESS))
     assert [type(arrived.fields) for arrived in rig.stage.arrived] == [Chunk, Renew]
@@ -220,11 +247,11 @@ async def test_the_memory_of_a_body_is_nobody_elses_before_its_answer(
 ) -> None:
     link = await rig.opened()
     rig.stage.silent = True
-    rooms: list[memoryview] = []
+    rooms: list[Room] = []
 
-    def fill(content: bytes) -> Callable[[memoryview], None]:
-        def fill(room: memoryview) -> None:
-            room[:] = content
+    def fill(content: bytes) -> Callable[[Room], None]:
+        def fill(room: Room) -> None:
+            put(content)(room)
             rooms.append(room)
 
         return fill
@@ -239,7 +266,7 @@ async def test_the_memory_of_a_body_is_nobody_elses_before_its_answer(
     others = [asyncio.create_task(link.send(chunk(i), 3, fill(b"new"))) for i in range(5, 9)]
     while len(rig.stage.arrived) < 9:
         await asyncio.sleep(0)
-    assert [bytes(room) for room in rooms[:5]] == [b"%03d" % i for i in range(5)]
+    assert [inside(room) for room in rooms[:5]] == [b"%03d" % i for i in range(5)]
     for arrived in rig.stage.arrived:
         arrived.reply(Ack(), "")
     await asyncio.gather(*others)
@@ -250,7 +277,7 @@ async def test_the_memory_of_a_body_is_nobody_elses_before_its_answer(
 async def test_a_body_that_cannot_be_read_costs_no_credit(rig: Rig) -> None:
     link = await rig.opened()
 
-    def fail(room: memoryview) -> None:
+    def fail(room: Room) -> None:
         raise RuntimeError("no KV")
 
     for _ in range(3):

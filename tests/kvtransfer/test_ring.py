@@ -56,3 +56,11 @@ def test_at_random_no_two_regions_overlap_and_all_comes_back() -> None:
     for start in held:
         ring.free(start)
     assert ring.take(ring.total) == 0
+
+
+def test_a_ring_of_nothing_grows_before_it_is_used() -> None:
+    ring = Ring(0)
+    assert ring.take(1) is None
+    ring.grow(2 * ALIGNMENT)
+    assert [ring.take(1), ring.take(1), ring.take(1)] == [0, ALIGNMENT, None]
+    assert ring.total == 2 * ALIGNMENT

@@ -27,6 +27,7 @@ from kvtransfer.frames import MAX_BODY, Buffer, Chunk, Manifest, Renew, decode
 from kvtransfer.link import FramedLink, Link
 from kvtransfer.receiver import Arrived
 from kvtransfer.sender import Announcement, Carried, Handoff, Sender
+from tests.engine.fake_device import FakeDevice
 from tests.kvtransfer.fakes import (
     DECODE_PEER,
     LAYOUT,
@@ -50,14 +51,15 @@ class Pair:
         tokens: int = 37,
         layout: KVLayout = LAYOUT,
         chunk_bytes: int = 1 << 20,
+        gpu: FakeDevice | None = None,
         **options: int,
     ) -> None:
         self.tokens = tokens
-        self.decode = DecodeSide(decode_block, 200 // decode_block + 2, layout, **options)
+        self.decode = DecodeSide(decode_block, 200 // decode_block + 2, layout, gpu, **options)
         self.host = MemoryHost(self.decode.receiver)
         self.connects = 0
         count = 200 // prefill_block + 2
-        self.cache = KVCache(layout, count, prefill_block)
+        self.cache = KVCache(layout, count, prefill_block, gpu=gpu)
         order = np.random.default_rng(3)
         self.blocks = [Block(int(number), 0) for number in order.permutation(count)]
         for layer in range(layout.layers):
@@ -90,7 +92,8 @@ class Pair:
 
     def announce(self, handoff: Handoff, layers: range, tokens: range) -> None:
         slots = self.cache.slots_of(self.blocks, tokens.start, tokens.stop)
-        self.sender.announce(*handoff.key, Announcement(layers, tokens, slots))
+        announcement = Announcement(layers, tokens, slots, self.cache.mark())
+        self.sender.announce(*handoff.key, announcement)
 
     def announce_all(self, handoff: Handoff, step: int = 1000) -> None:
         for start in range(0, self.tokens, step):
@@ -541,8 +544,57 @@ async def test_a_failure_of_our_own_is_released_too(pair: Pair) -> None:
     def gather(*_: object) -> memoryview:
         raise RuntimeError("no device")
 
-    pair.cache.gather = gather  # type: ignore[method-assign,assignment]
+    pair.cache.fill = gather  # type: ignore[method-assign,assignment]
     pair.announce_all(handoff)
     error = await pair.outcome()
     assert isinstance(error, TransferFailed)
     assert "no device" not in error.message
+
+
+@pytest.mark.parametrize("step", [1000, 7])
+async def test_content_arrives_from_device_to_device(step: int) -> None:
+    pair = Pair(gpu=FakeDevice())
+    async with pair.sender:
+        pair.announce_all(pair.open(), step)
+        assert await pair.outcome() is None
+    assert pair.started_content() == pair.content()
+
+
+async def turns(count: int = 100) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_nothing_is_read_and_no_credit_taken_before_the_kv_is_there() -> None:
+    gpu = FakeDevice(late=True)
+    pair = Pair(gpu=gpu)
+    async with pair.sender:
+        pair.announce_all(pair.open())
+        await turns()
+        (link,) = pair.sender._links.values()
+        assert isinstance(link, FramedLink) and link._credit is not None
+        assert (gpu.gathers, link._credit.free) == (0, link._credit.total)
+        gpu.late = False
+        gpu.marks[0].over = True
+        assert await pair.outcome() is None
+    assert pair.started_content() == pair.content()
+
+
+@pytest.mark.parametrize("reading", [False, True])
+async def test_nothing_reads_a_device_after_the_release(reading: bool) -> None:
+    gpu = FakeDevice(late=True)
+    pair = Pair(gpu=gpu)
+    async with pair.sender:
+        handoff = pair.open()
+        pair.announce(handoff, range(3), range(37))
+        await turns()
+        if reading:
+            gpu.marks[0].over = True
+            while gpu.gathers < 2:
+                await asyncio.sleep(0)
+        read = gpu.gathers
+        pair.sender.cancel(*handoff.key)
+        assert isinstance(await pair.outcome(), Cancelled)
+        assert all(mark.over for mark in gpu.marks[1:])
+        await turns()
+        assert gpu.gathers == read == 2 * reading

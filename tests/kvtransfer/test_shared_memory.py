@@ -18,12 +18,13 @@ import pytest
 import zmq
 
 from cluster.errors import WorkerLost
-from kvtransfer import shared_memory
+from kvtransfer import near
 from kvtransfer.frames import Ack, Address, Box, Buffer, Chunk, decode, digest_of, encode
 from kvtransfer.link import FramedLink
+from kvtransfer.near import _PLACE, _message
 from kvtransfer.nearest import link_to
 from kvtransfer.receiver import Receiver
-from kvtransfer.shared_memory import _PLACE, KIND, SharedMemoryHost, SharedMemoryWire, _message
+from kvtransfer.shared_memory import KIND, SharedMemoryHost, SharedMemoryWire
 from kvtransfer.unix import name_of, new_socket
 from kvtransfer.zeromq import ZmqHost
 from tests.kvtransfer.fakes import (
@@ -289,7 +290,7 @@ async def test_nobody_listening_is_a_lost_worker_at_once() -> None:
 
 
 async def test_a_listener_that_never_speaks_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "READY_S", 0.01)
+    monkeypatch.setattr(near, "READY_S", 0.01)
     with new_socket() as listener:
         listener.bind(name_of(KIND, DECODE_PEER))
         listener.listen()
@@ -326,7 +327,7 @@ async def test_no_descriptor_for_the_memory_is_a_lost_worker_and_leaks_nothing(
 async def test_a_host_without_descriptors_accepts_later(
     side: Side, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_memory, "RETRY_S", 0.001)
+    monkeypatch.setattr(near, "RETRY_S", 0.001)
     with new_socket() as early:
         early.connect(name_of(KIND, DECODE_PEER))
         with no_descriptors():
@@ -339,7 +340,7 @@ async def test_a_host_without_descriptors_accepts_later(
 async def test_guests_are_counted_and_the_next_one_is_turned_away(
     side: Side, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_memory, "MAX_GUESTS", 1)
+    monkeypatch.setattr(near, "MAX_GUESTS", 1)
     await side.opened()
     with rogue() as second:
         assert await second.heard() == b""

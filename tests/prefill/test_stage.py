@@ -12,6 +12,7 @@ from engine.blocks import BlockPool
 from engine.cache import KVCache
 from kvtransfer.sender import Announcement, Handoff
 from prefill.stage import HandoffEnded, PrefillStage
+from tests.engine.fake_device import FakeMark
 from tests.hash_model import LAYOUT, WINDOWS, HashRunner, ask_for, expected
 
 LANDING = Landing("0" * 32, 1, Peer("d", 1), "memory", 0, 10.0)
@@ -259,3 +260,28 @@ def test_draining_finishes_what_was_taken() -> None:
     room.tell(Prefill(ask_for("a", 7), None), Drain(), Tick())
     (token,) = room.step()
     assert isinstance(token, Token)
+
+
+def test_each_announcement_says_when_its_kv_is_there() -> None:
+    room, marks, ready = Room(), list[FakeMark](), list[Any]()
+
+    def mark() -> FakeMark:
+        marks.append(FakeMark(False))
+        return marks[-1]
+
+    def announce(request_id: str, attempt: int, announcement: Announcement) -> None:
+        ready.append((request_id, announcement.layers.start, announcement.ready))
+
+    room.cache.mark = mark  # type: ignore[method-assign]
+    room.pushes.announce = announce  # type: ignore[method-assign]
+    room.tell(Prefill(ask_for("a", 3), LANDING), Prefill(ask_for("b", 3, 4), LANDING))
+    room.step()
+    assert ready == [
+        ("a", 0, marks[0]),
+        ("b", 0, marks[0]),
+        ("a", 2, marks[1]),
+        ("b", 2, marks[1]),
+    ]
+    room.tell(Prefill(ask_for("c", 3, 5), None))
+    room.step()
+    assert len(marks) == 2  # nobody waits for a step whose KV goes nowhere
