@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefill.attention import PrefillAttention
 from engine.layers.attention import written
+from prefill.attention import PrefillAttention
 from tests.engine.pages import WINDOWS, Pages
 
 SHAPES = {
