@@ -61,6 +61,8 @@ def choose_ops(
         return _native_ops(config, device, dtype, quantization)
     if kernels == "triton":
         return _triton_ops(config, device, dtype, block_size)
+    if device.type != "cpu":
+        raise StartError("--kernels torch: its attention is for the CPU, take triton")
     return TorchOps(dtype, device)
 
 

@@ -357,8 +357,15 @@ def _runner(config: WorkerConfig, model: LoadedModel, parts: Parts) -> Runner | 
         width=-(-parts.hello.max_model_len // config.block_size),
         samples=max(config.max_num_seqs, config.max_num_batched_tokens),
         ahead=decodes,
-        graph_sizes=GRAPH_SIZES if decodes and not config.enforce_eager else (),
+        graph_sizes=_graph_sizes(config, GRAPH_SIZES) if decodes else (),
     )
+
+
+def _graph_sizes(config: WorkerConfig, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Those that a batch of this worker can be padded to."""
+    if config.enforce_eager:
+        return ()
+    return tuple(size for size in sizes if size < 2 * config.max_num_seqs)
 
 
 def _peak(config: WorkerConfig) -> Peak:

@@ -57,6 +57,11 @@ def test_what_does_not_go_together(kernels: str, quantization: str, message: str
         choose_ops(CONFIG, CPU, FP32, kernels, quantization)
 
 
+def test_plain_torch_is_for_the_cpu() -> None:
+    with pytest.raises(StartError, match="--kernels torch: its attention is for the CPU"):
+        choose_ops(CONFIG, torch.device("cuda"), torch.bfloat16, "torch")
+
+
 def test_what_triton_kernels_do_not_do() -> None:
     from engine.kernels.backend import unfit
 

@@ -181,3 +181,10 @@ async def test_a_step_loop_that_breaks_ends_it(
     with pytest.raises(ZeroDivisionError, match="bug"):
         await broken.live()
     assert [record.message for record in caplog.records] == ["step loop broke"]
+
+
+def test_graphs_are_captured_for_batches_that_can_be() -> None:
+    sizes = (1, 2, 4, 8, 16, 24, 32)
+    assert worker._graph_sizes(WorkerConfig(max_num_seqs=8), sizes) == (1, 2, 4, 8)
+    assert worker._graph_sizes(WorkerConfig(max_num_seqs=9), sizes) == (1, 2, 4, 8, 16)
+    assert worker._graph_sizes(WorkerConfig(enforce_eager=True), sizes) == ()
