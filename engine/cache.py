@@ -55,10 +55,10 @@ class KVCache:
         self._itemsize = _DTYPES[layout.dtype].itemsize
         slots = blocks * block_size
         self._groups = [
-            torch.zeros(
+            _zeros(
                 (group.layers, 2, slots, group.kv_heads, group.head_dim),
-                dtype=_DTYPES[layout.dtype],
-                device=self.device,
+                _DTYPES[layout.dtype],
+                self.device,
             )
             for group in layout.groups
         ]
@@ -147,6 +147,15 @@ def _staging(
         gpu = cuda = Cuda(device)
         cuda.warm_up(pages)
     return gpu, DeviceStaging(gpu, pages)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On the host memory is taken page by page, when a block is first written: torch would touch
+    all of it at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=np.uint8)
+    return torch.from_numpy(raw).view(dtype)
 
 
 def group_spans(layout: KVLayout) -> list[range]:

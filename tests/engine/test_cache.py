@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -105,3 +108,16 @@ def test_layers_across_groups_have_no_common_shape() -> None:
     cache = KVCache(KVLayout(GROUPS, "float32"), 4, 4)
     with pytest.raises(AssertionError, match="not inside one layer group"):
         cache.gather(range(1, 3), np.arange(4))
+
+
+def test_a_pool_takes_memory_only_as_it_is_written() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    layout = KVLayout((LayerGroup(2, 4, 64),), "float32")
+    cache = KVCache(layout, blocks=4096, block_size=16)  # 256 MiB
+    assert resident() - before < 32 << 20
+    assert not cache.keys(1)[-1].any()
+    cache.keys(0).fill_(1.0)
+    assert resident() - before > 32 << 20
