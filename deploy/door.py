@@ -22,20 +22,16 @@ class Door:
 
     def __init__(self, host: str, port: int, count: int) -> None:
         """Raises StartError if anybody else listens there, though it were to share the port."""
+        check_free(host, port)
         self._shared: list[socket.socket] = []
         self._own: list[socket.socket] = []
         try:
-            socket.create_server((host, port)).close()
             for _ in range(count):
-                self._shared.append(
-                    socket.create_server((host, port), backlog=BACKLOG, reuse_port=True)
-                )
-                self._own.append(socket.create_server((LOOPBACK, 0), backlog=BACKLOG))
+                self._shared.append(_listen(host, port, reuse_port=True))
+                self._own.append(_listen(LOOPBACK, 0))
         except OSError as error:
             self.close()
-            raise StartError(
-                f"cannot listen on {host}:{port} ({error.strerror}): choose another --port"
-            ) from None
+            raise _taken(host, port, error) from None
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -50,3 +46,21 @@ class Door:
         """Ours only: a gateway that still has them goes on."""
         for listener in (*self._shared, *self._own):
             listener.close()
+
+
+def check_free(host: str, port: int, flag: str = "--port") -> None:
+    """Raises StartError if somebody listens there. A gateway finds out by itself, but only after
+    we may have asked another cluster whether it is ready, and our workers have joined it."""
+    try:
+        _listen(host, port).close()
+    except OSError as error:
+        raise _taken(host, port, error, flag) from None
+
+
+def _listen(host: str, port: int, reuse_port: bool = False) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=reuse_port)
+
+
+def _taken(host: str, port: int, error: OSError, flag: str = "--port") -> StartError:
+    return StartError(f"cannot listen on {host}:{port} ({error.strerror}): choose another {flag}")

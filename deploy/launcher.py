@@ -29,7 +29,7 @@ from cluster.config import (
 )
 from cluster.errors import StartError
 from cluster.messages import BOTH, DECODE, PREFILL
-from deploy.door import Door
+from deploy.door import Door, check_free
 
 STOP_S = 4.0
 """From Ctrl-C to the last child's end, by force if need be."""
@@ -107,6 +107,9 @@ class Launcher:
         If a child could not start, one has said why, and nothing more is said.
         """
         config = self._config
+        check_free(config.host, config.port)
+        for number in range(config.gateways):
+            check_free(config.grpc_host, config.grpc_port + number, "--grpc-port")
         door = Door(config.host, config.port, config.gateways) if config.gateways > 1 else None
         plan = children(config, door)
         word = _start_word()

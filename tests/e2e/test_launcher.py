@@ -156,6 +156,22 @@ def test_port_taken(start: Start, ports: list[str], taken: str, command: str) ->
     assert ports[where] in why and taken in why
 
 
+@pytest.mark.parametrize("shared", ["--port", "--grpc-port"])
+def test_a_second_cluster_leaves_the_first_alone(
+    start: Start, ports: list[str], shared: str
+) -> None:
+    """It must not take the first one's answers for its own, nor send it workers."""
+    ready(start("serve", *ports))
+    url = f"http://127.0.0.1:{ports[1]}"
+    before = get(url, "/status").body["workers"]
+    where = ports.index(shared) + 1
+    others = list(ports)
+    others[4 - where] = str(free_ports(1)[0])
+    assert ports[where] in bad_start(start("serve", *others))
+    after = get(url, "/status").body["workers"]
+    assert {w["incarnation"] for w in after} == {w["incarnation"] for w in before}
+
+
 def test_grpc_port_taken_by_another_gateway(start: Start, ports: list[str]) -> None:
     """gRPC would share a port with another process of ours, and each would get half the calls."""
     start("gateway", *ports, *QUIET)
