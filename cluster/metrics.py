@@ -64,7 +64,7 @@ _WORKER_GAUGES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     ),
     MBU: ("Share of the device's memory rate that steps used, likewise.", ()),
     START_SECONDS: (
-        "How long the worker took to start: until it was imported, loaded and ready.",
+        "How long the worker took to start: until it was imported, loaded, warm and ready.",
         ("phase",),
     ),
     PEAK_RESIDENT_BYTES: ("The most memory that the worker's process has had resident.", ()),
