@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -24,7 +25,10 @@ from kvtransfer.receiver import Arrived, Receiver
 from tests.engine.fake_device import FakeDevice
 
 LAYOUT = KVLayout((LayerGroup(2, 2, 4), LayerGroup(1, 3, 2, window=8)), "float32")
-PREFILL_PEER, DECODE_PEER = Peer("p", 11), Peer("d", 22)
+# A decode worker's incarnation names sockets of the whole machine: each process of a parallel test
+# run has one of its own, which the processes that it starts inherit.
+RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", "") + os.environ.get("PYTEST_XDIST_WORKER", "")
+PREFILL_PEER, DECODE_PEER = Peer("p", 11), Peer("d", 22 + zlib.crc32(RUN.encode()))
 
 Parts = list[Buffer]
 Alter = Callable[[Parts], Parts | None]

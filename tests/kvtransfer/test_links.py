@@ -366,7 +366,7 @@ async def test_a_misfit_is_refused_with_both_values(
 
 async def test_another_start_of_the_worker_than_meant_refuses(rig: Rig) -> None:
     link = rig.link(peer=replace(DECODE_PEER, incarnation=77))
-    with pytest.raises(HandshakeRefused, match="incarnation 77 meets 22"):
+    with pytest.raises(HandshakeRefused, match=f"incarnation 77 meets {DECODE_PEER.incarnation}"):
         await link.open()
 
 

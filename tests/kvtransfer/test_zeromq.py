@@ -183,5 +183,5 @@ async def test_a_restarted_receiver_is_not_taken_for_the_old_one(
     context: Context, host: ZmqHost
 ) -> None:
     host._receiver.hello = replace(hello(), peer=replace(DECODE_PEER, incarnation=23))
-    with pytest.raises(HandshakeRefused, match="incarnation 22 meets 23"):
+    with pytest.raises(HandshakeRefused, match=f"incarnation {DECODE_PEER.incarnation} meets 23"):
         await link(context, host.address).open()
