@@ -57,6 +57,13 @@ class Unauthorized(BatonError):
     type, code = "invalid_request_error", "invalid_api_key"
 
 
+class Forbidden(BatonError):
+    """A known key that may not do this."""
+
+    http, grpc = 403, "PERMISSION_DENIED"
+    type, code = "permission_error", "forbidden"
+
+
 class NotFound(BatonError):
     http, grpc = 404, "NOT_FOUND"
     type, code = "invalid_request_error", "not_found"
@@ -97,6 +104,22 @@ class Overloaded(BatonError):
 
     http, grpc = 503, "RESOURCE_EXHAUSTED"
     type, code = "service_unavailable", "overloaded"
+    retry = True
+
+
+class RateLimited(BatonError):
+    """This key has used up its share for now. Says when there will be some again."""
+
+    http, grpc = 429, "RESOURCE_EXHAUSTED"
+    type, code = "rate_limit_error", "rate_limit_exceeded"
+    retry = True
+
+
+class Draining(BatonError):
+    """This gateway is about to end: another one, or the same a little later, will answer."""
+
+    http, grpc = 503, "UNAVAILABLE"
+    type, code = "service_unavailable", "draining"
     retry = True
 
 

@@ -16,10 +16,18 @@ from cluster.errors import Unauthorized
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """The owner of one API key. Different salts share no cached prefix."""
+    """The owner of one API key. Different salts share no cached prefix.
+
+    Of tenants that wait at the same time each gets tokens computed in proportion to its `weight`.
+    """
 
     name: str
     salt: bytes
+    models: tuple[str, ...] = ()  # that it may use; empty: all
+    requests_per_minute: int = 0  # 0: no limit
+    tokens_per_minute: int = 0  # prompt and answer together; 0: no limit
+    weight: float = 1.0
+    priority: int = 0  # the most urgent that its requests may ask for: lower comes first
 
     def salted(self, cache_salt: str) -> bytes:
         """The salt of one request: the tenant's own, and what the client adds to divide further."""
