@@ -79,6 +79,20 @@ class RequestTimeout(BatonError):
     type, code = "invalid_request_error", "request_timeout"
 
 
+class IdempotencyMismatch(BatonError):
+    """The key of an earlier call with another body."""
+
+    http, grpc = 409, "ALREADY_EXISTS"
+    type, code = "invalid_request_error", "idempotency_mismatch"
+
+
+class Superseded(BatonError):
+    """The same client, as its Idempotency-Key says, reads this answer on a newer connection."""
+
+    http, grpc = 409, "ABORTED"
+    type, code = "invalid_request_error", "superseded"
+
+
 class TooLarge(BatonError):
     http, grpc = 413, "RESOURCE_EXHAUSTED"
     type, code = "invalid_request_error", "request_too_large"
@@ -141,11 +155,16 @@ class DeadlineExceeded(BatonError):
 
 
 class WorkerLost(BatonError):
-    """The worker that held the request is gone: dead, cut off or fenced."""
+    """The worker that held the request is gone: dead, cut off or fenced. `cause` is one word for
+    the metrics (gateway.recovery)."""
 
     http, grpc = 503, "UNAVAILABLE"
     type, code = "service_unavailable", "worker_lost"
     retry = True
+
+    def __init__(self, message: str, *, cause: str = "died") -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class TransferFailed(BatonError):

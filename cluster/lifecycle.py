@@ -35,10 +35,10 @@ _ENDS: Final = {Phase.FAILED, Phase.CANCELLED}
 
 NEXT_PHASE: Final[dict[Phase, set[Phase]]] = {
     Phase.QUEUED: {Phase.PROMISING, Phase.PREFILLING, *_ENDS},  # no landing for one token or `both`
-    Phase.PROMISING: {Phase.PREFILLING, Phase.QUEUED, *_ENDS},  # QUEUED: refused
+    Phase.PROMISING: {Phase.PREFILLING, Phase.QUEUED, *_ENDS},  # QUEUED: refused, or lost
     Phase.PREFILLING: {Phase.HANDING_OFF, Phase.DECODING, Phase.DONE, Phase.QUEUED, *_ENDS},
-    Phase.HANDING_OFF: {Phase.DECODING, *_ENDS},
-    Phase.DECODING: {Phase.DONE, *_ENDS},
+    Phase.HANDING_OFF: {Phase.DECODING, Phase.QUEUED, *_ENDS},  # QUEUED: a worker was lost
+    Phase.DECODING: {Phase.DONE, Phase.QUEUED, *_ENDS},
     Phase.DONE: set(),
     Phase.FAILED: set(),
     Phase.CANCELLED: set(),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -50,6 +50,7 @@ MFU: Final = "baton_mfu_ratio"
 MBU: Final = "baton_mbu_ratio"
 START_SECONDS: Final = "baton_worker_start_seconds"  # label phase
 PEAK_RESIDENT_BYTES: Final = "baton_worker_peak_resident_bytes"
+WORKER_PRESSURE: Final = "baton_worker_pressure_ratio"  # label resource
 STEP_OVERHEAD: Final = "baton_step_overhead_seconds_bucket"  # label le
 STEP_OVERHEAD_SUM: Final = "baton_step_overhead_seconds_sum"
 
@@ -68,6 +69,10 @@ _WORKER_GAUGES: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
         ("phase",),
     ),
     PEAK_RESIDENT_BYTES: ("The most memory that the worker's process has had resident.", ()),
+    WORKER_PRESSURE: (
+        "Share in use of the worker's memory limit and of its file descriptors.",
+        ("resource",),
+    ),
 }
 
 _WORKER_COUNTERS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
@@ -99,14 +104,16 @@ _WORKER_COUNTERS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
         ("reason",),
     ),
     LINKS_ENDED: (
-        "Links refused at the handshake, evicted by a newer one, or cut for overdrawn credit.",
+        "Links refused at the handshake, evicted by a newer one, or cut for overdrawn credit; "
+        "connections without a key of ours, or on this machine of another user.",
         ("reason",),
     ),
     ANSWERS_UNDELIVERED: ("Answers to frames whose sender was gone or did not read them.", ()),
 }
 
 PHASES: Final = (
-    *("tokenize", "queue", "landing", "prefill_queue", "prefill", "wire", "detokenize"),
+    *("tokenize", "recovery", "queue", "landing", "prefill_queue", "prefill", "wire"),
+    "detokenize",
     *("transfer_tail", "decode_admit", "first_step", "wire_second"),
 )
 """The spans of one request (R9): those that add up to its first token's time, then those between
@@ -263,6 +270,20 @@ class GatewayMetrics:
             ("model_name", "outcome"),
             registry=self.registry,
         )
+        self._recoveries = Counter(
+            "baton_recoveries",
+            "Losses that a request got over, by its phase and by what happened.",
+            ("model_name", "phase", "cause"),
+            registry=self.registry,
+        )
+        self._recovery_seconds = self._histogram(
+            "baton_recovery_seconds",
+            "From the notice of a loss to the request's next token.",
+            LATENCY_BUCKETS,
+        )
+        self._fallbacks = self._counter(
+            "baton_fallbacks", "Prompts read by a decode worker, for want of a prefill worker."
+        )
         self._cancelled = self._counter(
             "baton_requests_cancelled", "Calls whose client went away before the end."
         )
@@ -270,6 +291,12 @@ class GatewayMetrics:
             "baton_errors",
             "Calls that ended in an error, by its code.",
             ("model_name", "code"),
+            registry=self.registry,
+        )
+        self._pressure = Gauge(
+            "baton_pressure_ratio",
+            "Share in use of this gateway's memory limit and of its file descriptors.",
+            ("resource",),
             registry=self.registry,
         )
         self._http = Counter(
@@ -338,11 +365,22 @@ class GatewayMetrics:
         """`outcome` is one of a few words of ours, never text from outside."""
         self._handoffs.labels(self._model, outcome).inc()
 
+    def recovery(self, phase: str, cause: str, seconds: float) -> None:
+        """A request got over a loss, `seconds` after it was noticed. Both are words of ours."""
+        self._recoveries.labels(self._model, phase, cause).inc()
+        self._recovery_seconds.observe(seconds)
+
+    def fallback(self) -> None:
+        self._fallbacks.inc()
+
     def cancelled(self) -> None:
         self._cancelled.inc()
 
     def error(self, code: str) -> None:
         self._errors.labels(self._model, code).inc()
+
+    def pressure(self, resource: str, share: float) -> None:
+        self._pressure.labels(resource).set(share)
 
     def http(self, handler: str, method: str, status: int, seconds: float) -> None:
         """`handler` is a route's pattern, not a path: clients must not create label values."""

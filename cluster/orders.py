@@ -30,3 +30,8 @@ class Tick:
 @dataclass(frozen=True, slots=True)
 class Drain:
     """Take nothing new; finish what runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class GiveBack:
+    """The time to finish is over: whatever runs or waits is given back to its gateway."""

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -18,9 +19,10 @@ from typing import Any
 import grpc
 
 from cluster import rpc
+from cluster.credentials import Credentials
 from cluster.errors import HandshakeRefused
 from cluster.messages import Event, Hello, Load, Order, Report
-from cluster.orders import Drain, Ordered, SessionClosed, Tick
+from cluster.orders import Drain, GiveBack, Ordered, SessionClosed, Tick
 from cluster.wire import codec
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,11 @@ HEARTBEAT_S = 0.2
 """How often a worker reports its load. A gateway counts a worker as lost after several missed."""
 
 REJOIN_S = 0.5
+
+GIVE_BACK_S = 3.0
+"""For the last step to end and for gateways to hear what they get back."""
+
+_REFUSALS = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAUTHENTICATED)
 
 LINGER_S = 3 * HEARTBEAT_S
 """How long a drained worker stays. Orders already on their way are refused and go elsewhere instead
@@ -48,8 +55,10 @@ class WorkerService:
         post: Callable[[Any], None],
         pulse: Callable[[], int] = lambda: 0,
         counters: Callable[[], Iterable[tuple[str, float]]] = tuple,
+        credentials: Credentials | None = None,
     ) -> None:
         self.hello = hello
+        self._credentials = credentials
         self.load = Load(progress=0, free_blocks=hello.blocks)
         self._post = post
         self._pulse = pulse
@@ -125,8 +134,9 @@ class WorkerService:
 
         Raises HandshakeRefused when we do not fit there.
         """
+        told = ""
         while True:
-            async with rpc.open_channel(address) as channel:
+            async with rpc.open_channel(address, self._credentials) as channel:
                 call = channel.stream_stream(
                     codec.JOIN,
                     request_serializer=codec.encode_membership,
@@ -136,15 +146,31 @@ class WorkerService:
                     async for gateway in call(self.membership()):
                         log.info("joined", extra={"gateway": gateway, "address": address})
                 except grpc.aio.AioRpcError as error:
-                    if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                    if error.code() in _REFUSALS:
                         raise HandshakeRefused(error.details() or "refused") from None
                     log.info("gateway out of reach", extra={"address": address})
+                    if (reason := rpc.why_not(error)) and reason != told:
+                        log.warning(
+                            "no way into a gateway", extra={"address": address, "reason": reason}
+                        )
+                    told = reason
             await asyncio.sleep(REJOIN_S)
 
-    async def drain(self) -> None:
-        """Take nothing new; returns when nothing has run, waited or been promised for a while."""
+    async def drain(self, limit: float) -> None:
+        """Take nothing new, finish what runs and, after `limit` seconds, give the rest back to the
+        gateways, which let other workers go on. Returns when nothing has been here for a while."""
         self._draining = True
         self._post(Drain())
+        try:
+            async with asyncio.timeout(limit):
+                await self._idle()
+        except TimeoutError:
+            self._post(GiveBack())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(GIVE_BACK_S):
+                    await self._idle()
+
+    async def _idle(self) -> None:
         idle = False
         while True:
             self._told.clear()

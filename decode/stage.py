@@ -16,7 +16,7 @@ from typing import Any
 
 from cluster import metrics
 from cluster.clock import Clock
-from cluster.errors import BatonError
+from cluster.errors import BatonError, BlocksExhausted
 from cluster.messages import (
     Cancel,
     Event,
@@ -28,7 +28,7 @@ from cluster.messages import (
     Request,
     Start,
 )
-from cluster.orders import Drain, Ordered, SessionClosed, Tick
+from cluster.orders import Drain, GiveBack, Ordered, SessionClosed, Tick
 from decode import scheduler
 from decode.attention import DecodeAttention
 from engine.allocator import Allocator
@@ -68,7 +68,9 @@ class DecodeStage:
         budget: int,
         max_sequences: int,
         clock: Clock,
+        short: Callable[[], object] = lambda: False,
     ) -> None:
+        """`short`: whether the process lacks what another sequence would take."""
         self._cache = cache
         self._pool = pool
         self._allocator = allocator
@@ -78,6 +80,7 @@ class DecodeStage:
         self._budget = budget
         self._max_sequences = max_sequences
         self._clock = clock
+        self._short = short
         self._queue = PromptQueue(allocator)
         self._running: list[Sequence] = []  # oldest first
         self._promised: dict[str, int] = {}  # landings' request ids, with their sessions
@@ -107,17 +110,24 @@ class DecodeStage:
                     self._lose(site.request.id, site.attempt, "lease_expired")
             case Drain():
                 self._draining = True
+            case GiveBack():
+                self._give_back()
             case Ordered(session, other):
                 self._tell_failed(session, other.request_id, other.attempt, "wrong_role")
 
     def _promise(self, session: int, request: Request, attempt: int) -> None:
         if self._known(request.id, attempt):
             return  # said twice, or fenced
+        self._end_older(request.id, attempt)
         keys = self._allocator.prompt_keys(request)
-        code = self._refusal(request) or self._fullness(request, keys)
+        code = self._refusal(request)
+        if not code and request.id not in self._promised:  # else its room is there already
+            code = self._fullness(request, keys)
         if not code:
             try:
                 landing = self._landings.promise(request, attempt, self._clock(), keys)
+            except BlocksExhausted:
+                code = "full"
             except BatonError as error:
                 code = error.code
         if code:
@@ -129,11 +139,20 @@ class DecodeStage:
     def _generate(self, sequence: Sequence) -> None:
         if self._known(*sequence.key):
             return  # said twice, or fenced
+        request_id, attempt = sequence.key
+        self._cancel(request_id, attempt - 1)
         code = self._refusal(sequence.request)
         if code:
             self._tell_failed(sequence.session, *sequence.key, code)
         else:
             self._queue.waiting.append(sequence)
+
+    def _end_older(self, request_id: str, attempt: int) -> None:
+        """A newer attempt is known: whatever runs or is to start of older ones is nobody's."""
+        self._drop(lambda s: s.request.id == request_id and s.attempt < attempt)
+        started = self._started.get(request_id)
+        if started is not None and started.start.attempt < attempt:
+            del self._started[request_id]
 
     def _known(self, request_id: str, attempt: int) -> bool:
         """Whether this attempt, or a newer one, runs or waits here already."""
@@ -156,6 +175,8 @@ class DecodeStage:
             return "full"
         if self._queue.waiting:
             return "full"  # the evicted come first, or newcomers would starve them
+        if self._spare and self._short():
+            return "full"  # what runs gives back; with nothing here nobody would
         found, unheld = self._pool.peek(keys)
         lacking = -(-len(request.tokens) // self._pool.block_size) - found
         return "full" if lacking + unheld + self._spare > self._pool.available else ""
@@ -306,6 +327,13 @@ class DecodeStage:
             del self._promised[request_id]
             self._started.pop(request_id, None)
         self._drop(lambda s: s.session == session)
+
+    def _give_back(self) -> None:
+        for sequence in [*self._running, *self._queue]:
+            self._tell_failed(sequence.session, *sequence.key, "draining")
+        for site in self._landings.give_up():
+            self._lose(site.request.id, site.attempt, "draining")
+        self._drop(lambda sequence: True)
 
     def _lose(self, request_id: str, attempt: int, code: str) -> None:
         session = self._promised.pop(request_id)

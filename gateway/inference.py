@@ -23,10 +23,11 @@ from cluster.errors import BadRequest, Cancelled, DeadlineExceeded
 from cluster.ids import new_id
 from cluster.wire import inference_pb2 as wire
 from gateway import validate
-from gateway.ask import Ask
+from gateway.ask import Ask, Limits
 from gateway.gateway import Gateway
 from gateway.pools import Pools
-from gateway.stream import Answer, Delta, Emit, within
+from gateway.rpc_status import trailing_metadata
+from gateway.stream import Answer, Delta, Emit
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,10 @@ _WATCH_S = 60.0
 
 
 def add_to_server(server: grpc.aio.Server, gateway: Gateway) -> None:
-    """Before the server starts. Message size and stream limits are the server's options."""
+    """Before the server starts. Message size and stream limits are the server's options.
+
+    Health and reflection ask for no key: a probe has none, and what they tell is no secret.
+    """
     service = InferenceService(gateway)
     methods = {
         "Generate": grpc.unary_unary_rpc_method_handler(service.generate),
@@ -113,15 +117,20 @@ class InferenceService:
         metadata = list(context.invocation_metadata() or ())
         keys = [_bytes(value) for name, value in metadata if name == "authorization"]
         tenant = gateway.keys.tenant(keys)
-        async with within(timeout):
-            ask = await self._read(data)
+        gateway.check_pressure()
+        gateway.calls.admit()
+        async with gateway.calls.within(timeout):
+            ask = await self._read(data, tenant.limits(gateway.limits))
             answer = await Answer.prepare(gateway, ask, tenant, arrived)
             await answer.run(emit(ask))
         return ask, answer
 
-    async def _read(self, data: bytes) -> Ask:
-        """Parse and validate; a large message off the event loop. Raises BadRequest, NotFound."""
-        limits, defaults = self._gateway.limits, self._gateway.defaults
+    async def _read(self, data: bytes, limits: Limits) -> Ask:
+        """Parse and validate; a large message off the event loop.
+
+        Raises BadRequest, NotFound, Forbidden.
+        """
+        defaults = self._gateway.defaults
 
         def work() -> Ask:
             kind, fields = to_fields(
@@ -152,10 +161,8 @@ class InferenceService:
         except Exception as error:
             known = gateway.account_for(error, request_id)
             code = known.code
-            trailing = [("x-request-id", request_id), ("baton-code", known.code)]
-            if known.param:
-                trailing.append(("baton-param", known.param))
-            await context.abort(grpc.StatusCode[known.grpc], known.message, tuple(trailing))
+            trailing = trailing_metadata(known, request_id)
+            await context.abort(grpc.StatusCode[known.grpc], known.message, trailing)
         finally:
             gateway.active -= 1
             log.info("grpc request", extra={"request_id": request_id, "code": code})
@@ -275,6 +282,8 @@ def _add_end(response: wire.GenerateResponse, ask: Ask, answer: Answer) -> None:
         for name, value in answer.timeline().items():
             if isinstance(value, dict):
                 response.metrics.timeline_ms.update(value)
+            elif isinstance(value, list):
+                response.metrics.recoveries.extend(wire.Recovery(**loss) for loss in value)
             elif value is not None:
                 setattr(response.metrics, name, value)
 

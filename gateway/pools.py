@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,20 +25,25 @@ from cluster.messages import (
 )
 from cluster.metrics import WorkerView
 from gateway import router
+from gateway.pace import Reading
 from gateway.router import PrefixMemory, View
 from gateway.session import WorkerSession
 
 log = logging.getLogger(__name__)
 
 BEAT_S = 0.25
-MISSED_BEATS = 6
-"""A worker that has said nothing for six beats of ours (1.5 s) is lost. Counting our own beats
-keeps a gateway that was itself stopped from losing everyone when it wakes."""
+MISSED_BEATS = 5
+"""A worker that says nothing for more than five beats of ours (1.25 to 1.5 s) is lost. Counting our
+own beats keeps a gateway that was itself stopped from losing everyone when it wakes."""
 
-STILL_BEATS = 40
-"""A worker whose step loop has not moved for forty beats (10 s) hangs, whatever its transport says:
-it counts every layer of a step, and every tick of its timer while it is idle. Not sooner, because
-one layer of a large model over a whole chunk takes seconds on one CPU core."""
+QUIET_BEATS = 2
+
+STILL_BEATS = 11
+"""A worker whose step loop has not moved for eleven beats (2.75 to 3 s) hangs, whatever its
+transport says: it counts within a step, and every tick of its timer while it is idle."""
+
+SHUNNED_BEATS = 20
+"""How long (5 s) a pair between which a transfer failed gets no request together."""
 
 HELLO_S = 5.0
 
@@ -58,10 +63,17 @@ class Member:
     stuck_at: int | None = None  # lost before for hanging here: not used until it has moved
     sent_tokens: dict[str, int] = field(default_factory=dict)
     """Prompt tokens of requests sent since its last load, which that load cannot know of."""
+    reading: Reading = field(default_factory=Reading)
 
     @property
     def peer(self) -> Peer:
         return self.hello.peer
+
+    @property
+    def lost_by(self) -> str:
+        """Why a stream to it broke just now. A dead worker's breaks at once, a stopped or severed
+        one's when its pings had no answer for longer than that."""
+        return "silent" if self.silent_beats > QUIET_BEATS else "died"
 
     @property
     def usable(self) -> bool:
@@ -92,6 +104,7 @@ class Member:
             used_blocks=load.promised_blocks + load.owned_blocks + sent // max(1, hello.block_size),
             block_size=max(1, hello.block_size),
             cached_prefix=self.prefixes.hit(marks),
+            speed=self.reading.speed,
         )
 
     def sent(self, request: Request, marks: list[int]) -> None:
@@ -101,10 +114,15 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The workers chosen for one attempt: a pair, or one `both` worker alone as `decode`."""
+    """The workers chosen for one attempt: a pair, or one that does it alone as `decode`."""
 
     prefill: Member | None
     decode: Member | None
+
+    @property
+    def fallback(self) -> bool:
+        """Whether a decode worker has to read the prompt by itself (R10)."""
+        return self.prefill is None and self.decode is not None and self.decode.hello.role == DECODE
 
 
 class Pools:
@@ -116,9 +134,13 @@ class Pools:
         self._connect = connect
         self._members: dict[str, Member] = {}
         self._sessions: dict[Member, asyncio.Task[None]] = {}  # a Peer may join twice
+        self._latest: dict[str, Peer] = {}  # by name, members or not
         self._replaced: deque[Peer] = deque(maxlen=1024)
         self._stuck: dict[Peer, int] = {}
+        self._shunned: dict[tuple[Peer, Peer], int] = {}  # pairs, with beats to go
         self._changed = asyncio.Event()
+        self._listener: Callable[[], None] = lambda: None
+        self._draining = False
         self.lost = 0  # workers lost without having drained
 
     @property
@@ -128,13 +150,17 @@ class Pools:
     def join(self, hello: Hello) -> Member:
         """Take a worker in; an older start of it is lost, for good. Raises HandshakeRefused."""
         self._check(hello)
+        latest = self._latest.get(hello.peer.name, hello.peer)
+        if latest != hello.peer:
+            self._replaced.append(latest)
+        self._latest[hello.peer.name] = hello.peer
         older = self._members.get(hello.peer.name)
         if older is not None:
-            if older.peer != hello.peer:
-                self._replaced.append(older.peer)
-            self.leave(older)
+            self.leave(older, "replaced")
         session = WorkerSession(
-            hello.peer, lambda orders: self._connect(hello.control_address, orders)
+            hello.peer,
+            lambda orders: self._connect(hello.control_address, orders),
+            lambda: member.lost_by,
         )
         member = Member(
             hello=hello,
@@ -189,9 +215,9 @@ class Pools:
         member.sent_tokens.clear()
         self._wake()
 
-    def leave(self, member: Member) -> None:
-        """It is gone: whoever has a request there is told. Idempotent."""
-        member.session.close()
+    def leave(self, member: Member, cause: str = "") -> None:
+        """It is gone: whoever has a request there is told why. Idempotent."""
+        member.session.close(cause or member.lost_by)
         task = self._sessions.pop(member, None)
         if task is not None and task is not asyncio.current_task():
             task.cancel()
@@ -210,11 +236,17 @@ class Pools:
                 member.still_beats += 1
                 if member.silent_beats > MISSED_BEATS:
                     log.warning("worker fell silent", extra={"worker": member.peer.name})
-                    self.leave(member)
+                    self.leave(member, "silent")
                 elif member.still_beats > STILL_BEATS:
                     log.warning("worker's step loop hangs", extra={"worker": member.peer.name})
                     self._stuck[member.peer] = member.load.progress
-                    self.leave(member)
+                    self.leave(member, "hung")
+            self._shunned = {pair: left - 1 for pair, left in self._shunned.items() if left > 1}
+
+    def drain(self) -> None:
+        """This gateway is about to end: it is no longer ready, though what runs goes on."""
+        self._draining = True
+        self._wake()
 
     async def close(self) -> None:
         for member in self.members:
@@ -225,39 +257,70 @@ class Pools:
         async with asyncio.timeout(timeout):
             await self._changed.wait()
 
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Whom to call when any worker's state may have changed."""
+        self._listener = listener
+
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+        self._listener()
 
-    def route(self, request: Request, avoid: Collection[Peer] = ()) -> Route | None:
-        """The best pair, or the best `both` worker where there is no pair. None: nobody can now.
+    def shun(self, route: Route) -> None:
+        """A transfer between these two failed: for a while they get nothing together, though each
+        may be fine with others."""
+        if route.prefill is not None and route.decode is not None:
+            self._shunned[route.prefill.peer, route.decode.peer] = SHUNNED_BEATS
 
-        Raises BadRequest for a request that is larger than every worker.
+    def route(
+        self,
+        request: Request,
+        avoid: Collection[Peer] = (),
+        keep: Member | None = None,
+        *,
+        paced: bool = False,
+    ) -> Route | None:
+        """The best pair, else the best `both` worker, else a decode worker alone. None: nobody can.
+
+        `keep` is the decode worker, if there is one already. `paced`: none that has enough to read
+        for now. Raises BadRequest for a request that is larger than every worker.
         """
         self._check_size(request)
-        marks = router.prefix_marks(request)
-        tokens = len(request.tokens)
         open_to = [m for m in self.members if m.usable and m.fits(request) and m.peer not in avoid]
-        pool = {
-            role: {m.peer.name: m for m in open_to if m.hello.role == role}
-            for role in (PREFILL, DECODE, BOTH)
+        if keep is not None:
+            open_to = [m for m in open_to if m is keep or m.hello.role == PREFILL]
+        of = {
+            role: [m for m in open_to if m.hello.role == role] for role in (PREFILL, DECODE, BOTH)
         }
-        views = {role: [m.view(marks) for m in pool[role].values()] for role in pool}
-        prefill = router.choose_prefill(views[PREFILL], tokens)
-        decode = router.choose_decode(views[DECODE], tokens)
-        alone = router.choose_prefill(views[BOTH], tokens)
-        if prefill is not None and request.sampling.max_tokens == 1:
-            route = Route(pool[PREFILL][prefill.name], None)  # one token needs no landing
-        elif prefill is not None and decode is not None:
-            route = Route(pool[PREFILL][prefill.name], pool[DECODE][decode.name])
-        elif alone is not None:
-            route = Route(None, pool[BOTH][alone.name])
-        else:
+        free = {
+            role: [m for m in of[role] if not paced or m.reading.takes(len(request.tokens))]
+            for role in of
+        }
+        if not any(free.values()):
             return None
-        for member in (route.prefill, route.decode):
+        marks = router.prefix_marks(request)
+        route = self._pair(request, marks, free[PREFILL], of[DECODE]) or _alone(
+            _cheapest(router.choose_prefill, free[BOTH], request, marks)
+        )
+        if route is None and not (of[BOTH] or self._pair(request, marks, of[PREFILL], of[DECODE])):
+            route = _alone(_cheapest(router.choose_decode, free[DECODE], request, marks))
+        for member in (route.prefill, route.decode) if route is not None else ():
             if member is not None:
                 member.sent(request, marks)
         return route
+
+    def _pair(
+        self, request: Request, marks: list[int], prefills: list[Member], decodes: list[Member]
+    ) -> Route | None:
+        """The best prefill worker that has somebody to hand over to."""
+        while prefill := _cheapest(router.choose_prefill, prefills, request, marks):
+            if request.sampling.max_tokens - request.emitted == 1:
+                return Route(prefill, None)  # one token needs no landing
+            partners = [d for d in decodes if (prefill.peer, d.peer) not in self._shunned]
+            if decode := _cheapest(router.choose_decode, partners, request, marks):
+                return Route(prefill, decode)
+            prefills = [member for member in prefills if member is not prefill]
+        return None
 
     def capacity(self) -> int | None:
         """The longest prompt with answer that some worker has room for; None without workers."""
@@ -274,8 +337,20 @@ class Pools:
             )
 
     def ready(self) -> bool:
-        """At least one pair, or one `both` worker, takes requests."""
+        """Somebody can answer, and this gateway takes requests."""
+        return not self._draining and self.staffed()
+
+    def staffed(self) -> bool:
+        """Somebody can answer: without a prefill worker a decode worker does it all."""
         return _can_answer({member.hello.role for member in self.members if member.usable})
+
+    def readers(self) -> list[Member]:
+        """Those who read prompts now."""
+        usable = [member for member in self.members if member.usable]
+        for role in (PREFILL, BOTH, DECODE):
+            if found := [member for member in usable if member.hello.role == role]:
+                return found
+        return []
 
     def views(self) -> list[WorkerView]:
         """The workers as the metrics show them."""
@@ -307,7 +382,24 @@ class Pools:
 
 
 def _can_answer(roles: set[str]) -> bool:
-    return BOTH in roles or {PREFILL, DECODE} <= roles
+    """A decode worker does without a prefill worker if it has to (R10)."""
+    return BOTH in roles or DECODE in roles
+
+
+def _cheapest(
+    choose: Callable[[Iterable[View], int], View | None],
+    members: list[Member],
+    request: Request,
+    marks: list[int],
+) -> Member | None:
+    """The member whose view the router chooses."""
+    named = {member.peer.name: member for member in members}
+    view = choose([member.view(marks) for member in members], len(request.tokens))
+    return None if view is None else named[view.name]
+
+
+def _alone(member: Member | None) -> Route | None:
+    return None if member is None else Route(None, member)
 
 
 async def serve_membership(

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 
 from cluster import rpc
+from cluster.credentials import Credentials
 from cluster.errors import BatonError, WorkerLost
 from cluster.messages import Cancel, Event, Order, Peer, Report, Token
 from cluster.wire import codec
@@ -51,12 +52,16 @@ class Mailbox:
 
 
 class WorkerSession:
-    """Lives from the worker's join to its loss, and never longer than one incarnation."""
+    """Lives from the worker's join to its loss, and never longer than one incarnation.
 
-    def __init__(self, peer: Peer, call: Call) -> None:
+    `why` tells a stream that broke because the worker died from one that it let fall silent.
+    """
+
+    def __init__(self, peer: Peer, call: Call, why: Callable[[], str] = lambda: "died") -> None:
         self.peer = peer
         self.lost: BatonError | None = None
         self._call = call
+        self._why = why
         self._orders: asyncio.Queue[Order | None] = asyncio.Queue()
         self._mailboxes: dict[str, Mailbox] = {}
 
@@ -91,13 +96,15 @@ class WorkerSession:
         except grpc.aio.AioRpcError as error:
             log.info("session lost", extra={"worker": self.peer.name, "status": str(error.code())})
         finally:
-            self.close()
+            self.close(self._why())
 
-    def close(self) -> None:
+    def close(self, cause: str) -> None:
         """The worker is gone or fenced. Idempotent."""
         if self.lost is not None:
             return
-        self.lost = WorkerLost("The worker that served this request was lost. Please try again.")
+        self.lost = WorkerLost(
+            "The worker that served this request was lost. Please try again.", cause=cause
+        )
         self._orders.put_nowait(None)
         for mailbox in self._mailboxes.values():
             mailbox.put_nowait(self.lost)
@@ -108,9 +115,11 @@ class WorkerSession:
             yield order
 
 
-async def over_grpc(address: str, orders: AsyncIterator[Order]) -> AsyncIterator[Report]:
+async def over_grpc(
+    address: str, orders: AsyncIterator[Order], credentials: Credentials | None = None
+) -> AsyncIterator[Report]:
     """The Call for a worker in another process."""
-    async with rpc.open_channel(address) as channel:
+    async with rpc.open_channel(address, credentials) as channel:
         call = channel.stream_stream(
             codec.SESSION,
             request_serializer=codec.encode_order,

@@ -15,14 +15,14 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cluster.errors import DeadlineExceeded, EngineFailed
+from cluster.errors import EngineFailed
 from cluster.ids import new_id
 from cluster.messages import Request, Token
 from gateway import validate
 from gateway.ask import Ask
 from gateway.gateway import Gateway
 from gateway.keys import Tenant
-from gateway.sequencer import Watch
+from gateway.relay import Watch
 from gateway.text import TextStream
 
 PROMPT_TAIL = 16
@@ -231,6 +231,11 @@ class Answer:
             sum(choice.cached_tokens for choice in self.choices[:: self._ask.n]),
         )
 
+    @property
+    def fallback(self) -> bool:
+        """Whether a decode worker had to read a prompt of ours (R10), as far as is known now."""
+        return any(choice.watch.fallback for choice in self.choices)
+
     def timeline(self) -> dict[str, Any]:
         """The first choice's way through the cluster, in milliseconds."""
         choice = self.choices[0]
@@ -244,6 +249,10 @@ class Answer:
             "mean_itl_ms": _ms(generation / (choice.count - 1)) if choice.count > 1 else None,
             "tokens_per_second": round(choice.count / whole, 3) if whole > 0 else None,
             "timeline_ms": {phase: _ms(seconds) for phase, seconds in spans.items()},
+            "recoveries": [
+                {"phase": loss.phase, "cause": loss.cause, "pause_ms": _ms(loss.seconds)}
+                for loss in choice.watch.recoveries
+            ],
             "prefill_worker": choice.watch.prefill_worker,
             "decode_worker": choice.watch.decode_worker,
         }
@@ -264,18 +273,6 @@ def _in_turn(emit: Emit) -> Emit:
                 await emit(together)
 
     return emit_in_turn
-
-
-@asynccontextmanager
-async def within(seconds: float) -> AsyncIterator[None]:
-    """Raises DeadlineExceeded when the block takes longer."""
-    try:
-        async with asyncio.timeout(seconds) as limit:
-            yield
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        raise DeadlineExceeded("The answer took longer than the time limit.") from None
 
 
 @asynccontextmanager

@@ -245,6 +245,13 @@ class Landings:
             self._release(site, "expired")
         return expired
 
+    def give_up(self) -> list[Site]:
+        """Free every landing, and return them."""
+        sites = list(self._sites.values())
+        for site in sites:
+            self._release(site, "cancelled")
+        return sites
+
     def metrics(self) -> Iterator[tuple[str, float]]:
         """For `Load.counters`. R1: what was stale and so not written shows here."""
         yield metrics.KV_TRANSFER_BYTES, self.counters["bytes"]

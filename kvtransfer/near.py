@@ -39,13 +39,14 @@ log = logging.getLogger(__name__)
 
 Memory = TypeVar("Memory")
 
-READY_S = 0.5
+READY_S = 1.0
 """How long the peer may take to agree on the memory."""
 MAX_GUESTS = 1024
 """Connections at one time, each worth two descriptors."""
-LOOK_S = 0.3
-"""How often the peer's process is looked at; its death shows at once, that it is stopped does not.
-"""
+LOOK_S = 0.25
+LOOKS = 4
+"""How often the peer's process is looked at, whose death shows at once but not that it is stopped;
+and after how many looks that found it stopped (0.75 to 1 s) the link is lost."""
 RETRY_S = 1.0
 """When to accept again after there was no descriptor left for it."""
 
@@ -80,6 +81,7 @@ class NearWire(ABC):
         self._received: Callable[[list[Buffer]], None] = lambda parts: None
         self._lost: Callable[[str], None] = lambda reason: None
         self._watch: asyncio.TimerHandle | None = None
+        self._stopped = 0  # looks in a row that found it so
 
     async def open(
         self, received: Callable[[list[Buffer]], None], lost: Callable[[str], None]
@@ -172,6 +174,9 @@ class NearWire(ABC):
             else:
                 self._ready.set_result(None)
             return
+        if len(message) < _PLACE.size:
+            self._received([])  # no frame at all, and not what a sound peer sends
+            return
         length, _, _ = _PLACE.unpack_from(message)
         body = _PLACE.size + length
         self._received([message[_PLACE.size : body], message[body:]])
@@ -183,7 +188,8 @@ class NearWire(ABC):
             self._lost(reason)
 
     def _look(self) -> None:
-        if stopped(self._pid):
+        self._stopped = self._stopped + 1 if stopped(self._pid) else 0
+        if self._stopped == LOOKS:
             self._lost("connection lost: the process is stopped")
         else:
             self._watch = asyncio.get_running_loop().call_later(LOOK_S, self._look)
@@ -286,7 +292,9 @@ class NearHost(ABC, Generic[Memory]):
         try:
             owner(connected)
         except PermissionError as error:
-            log.warning("sender refused: %s", error)
+            if not self._receiver.counters["other_user"]:  # a stranger may come back at any rate
+                log.warning("sender refused: %s; later ones are only counted", error)
+            self._receiver.counters["other_user"] += 1
             connected.close()
             return
         if len(self) >= MAX_GUESTS:

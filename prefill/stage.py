@@ -19,7 +19,7 @@ from cluster import metrics
 from cluster.clock import Clock
 from cluster.errors import BatonError
 from cluster.messages import Cancel, Event, Failed, Landing, Load, Prefill
-from cluster.orders import Drain, Ordered, SessionClosed, Tick
+from cluster.orders import Drain, GiveBack, Ordered, SessionClosed, Tick
 from engine.allocator import Allocator
 from engine.batch import Attention, Batch, Plan
 from engine.blocks import BlockPool
@@ -106,6 +106,8 @@ class PrefillStage:
                 self._end(order)
             case Drain():
                 self._draining = True
+            case GiveBack():
+                self._give_back()
             case Tick():
                 pass  # every hold here ends with the sender, which has a timer of its own
             case Ordered(session, other):
@@ -233,6 +235,12 @@ class PrefillStage:
                 ),
             ),
         )
+
+    def _give_back(self) -> None:
+        for sequence in list(self._live.values()):
+            if not sequence.unwanted:
+                self._tell_failed(sequence.session, *sequence.key, "draining")
+                self._give_up(sequence)
 
     def _drop(self, unwanted: Callable[[Sequence], bool]) -> None:
         for sequence in [s for s in self._live.values() if unwanted(s)]:

@@ -30,17 +30,17 @@ VOCAB = 997
 torch.set_num_threads(1)  # its tensors are far too small for more
 
 
-def next_token(tokens: list[int], seed: int) -> int:
-    digest = blake2b(array("q", [seed, *tokens]).tobytes(), digest_size=8).digest()
+def next_token(tokens: list[int], seed: int, choice: int = 0) -> int:
+    digest = blake2b(array("q", [seed, choice, *tokens]).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % VOCAB
 
 
 def expected(request: Request) -> list[int]:
     """The answer, from the prompt alone."""
-    tokens, sampling = list(request.tokens), request.sampling
+    tokens, sampling = list(request.tokens[: request.prompt_tokens]), request.sampling
     answer: list[int] = []
     while len(answer) < sampling.max_tokens:
-        token = next_token(tokens, sampling.seed)
+        token = next_token(tokens, sampling.seed, sampling.choice)
         answer.append(token)
         tokens.append(token)
         if token in sampling.stop_token_ids:
@@ -68,6 +68,7 @@ class HashRunner:
         self.faults: list[str] = []
         self.steps: list[tuple[int, ...]] = []  # the token counts of each step's segments
         self.explode = False
+        self.exploded = 0  # times
 
     def launch(self, batch: Batch, attention: Attention) -> Outcome:
         """With `ahead` nothing is computed before the outcome is asked for, as late as can be."""
@@ -86,6 +87,8 @@ class HashRunner:
     def _compute(self, batch: Batch, attend: Attend) -> list[Sampled]:
         self.steps.append(batch.counts)
         if self.explode:
+            self.exploded += 1
+            self._last = [0] * len(batch.samples)  # for a step that was launched behind it
             raise RuntimeError("the device is on fire")
         layer = 0
         for group in LAYOUT.groups:
@@ -97,9 +100,10 @@ class HashRunner:
                 layer += 1
         last = {batch.rows_of(number).stop - 1: number for number in range(len(batch.counts))}
         contexts = [self._slots(batch, last[row]) for row in batch.sampled_rows.tolist()]
+        samplings = [sequence.request.sampling for sequence in batch.samples]
         return [
-            Sampled(next_token(self._read(slots), sequence.request.sampling.seed), ())
-            for slots, sequence in zip(contexts, batch.samples, strict=True)
+            Sampled(next_token(self._read(slots), sampling.seed, sampling.choice), ())
+            for slots, sampling in zip(contexts, samplings, strict=True)
         ]
 
     def _slots(self, batch: Batch, segment: int) -> torch.Tensor:

@@ -19,8 +19,8 @@ from cluster.messages import (
     Report,
     Token,
 )
-from cluster.orders import Drain, Ordered, SessionClosed, Tick
-from cluster.worker import HEARTBEAT_S, LINGER_S, WorkerService
+from cluster.orders import Drain, GiveBack, Ordered, SessionClosed, Tick
+from cluster.worker import GIVE_BACK_S, HEARTBEAT_S, LINGER_S, WorkerService
 from tests.virtual import clock, on_virtual_time
 
 HELLO = Hello(
@@ -133,7 +133,7 @@ async def test_ticks_are_posted() -> None:
 @on_virtual_time
 async def test_it_has_drained_when_nothing_runs_waits_or_is_promised() -> None:
     service, posted = _service()
-    draining = asyncio.create_task(service.drain())
+    draining = asyncio.create_task(service.drain(limit=10.0))
     await asyncio.sleep(0.1)
     assert posted == [Drain()]
     for number, busy in enumerate(
@@ -158,7 +158,32 @@ async def test_it_has_drained_when_nothing_runs_waits_or_is_promised() -> None:
     assert not draining.done()
     service.tell([], Load(8, cached_blocks=3))
     await draining
+    assert posted == [Drain()]
     assert clock() - idle == pytest.approx(LINGER_S + 0.1)
+
+
+@on_virtual_time
+async def test_what_does_not_end_in_time_is_given_back() -> None:
+    service, posted = _service()
+    draining = asyncio.create_task(service.drain(limit=10.0))
+    await asyncio.sleep(9.9)
+    service.tell([], Load(1, running=1))
+    assert posted == [Drain()]
+    await asyncio.sleep(0.2)
+    assert posted == [Drain(), GiveBack()]
+    for number in (2, 3):
+        service.tell([], Load(number))
+        assert not draining.done()
+        await asyncio.sleep(LINGER_S + 0.1)
+    await draining
+
+
+@on_virtual_time
+async def test_a_drain_has_an_end_even_if_nothing_moves() -> None:
+    service, _ = _service()
+    began = clock()
+    await service.drain(limit=10.0)
+    assert clock() - began == 10.0 + GIVE_BACK_S
 
 
 async def test_orders_that_cannot_be_read_end_the_session_and_are_told(

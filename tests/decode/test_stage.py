@@ -41,6 +41,7 @@ class Room:
         self.allocator = Allocator(self.pool, lambda salt: b"root" + salt)
         self.runner = HashRunner(self.cache)
         self.now = 0.0
+        self.short = False  # of memory
         self.landings = Landings(self.pool, self.cache, Peer("d", 7), "memory", lease_s=10.0)
         self.stage = DecodeStage(
             self.cache,
@@ -51,6 +52,7 @@ class Room:
             budget=budget,
             max_sequences=max_sequences,
             clock=lambda: self.now,
+            short=lambda: self.short,
         )
         self.steps = loop.Steps(self.stage, self.runner)
         self.replies: list[Fields] = []
@@ -280,7 +282,7 @@ def test_a_start_for_another_attempt_starts_nothing() -> None:
     landing = room.promise(request, attempt=2)
     assert landing.generation == 2
     room.land(request, landing, attempt=2)
-    assert room.mail() == [Failed("a", 1, "lease_expired")]
+    assert room.mail() == []
     room.start(request, attempt=2)
     said = room.run(9)["a"]
     assert {token.attempt for token in said} == {2}
@@ -318,6 +320,16 @@ def test_the_youngest_is_evicted_and_goes_on_where_it_was() -> None:
         assert [token.index for token in said[request.id]] == list(range(1, 16))
     assert dict(room.stage.load(1).counters)[metrics.PREEMPTIONS] >= 1
     assert room.idle
+
+
+def test_short_of_memory_it_lets_nobody_in_beside_those_who_run() -> None:
+    room = Room()
+    room.short = True
+    room.admit(ask_for("first", 4, max_tokens=3))  # else nothing would ever be given back
+    room.tell(Promise(ask_for("second", 4, max_tokens=3)))
+    assert room.mail() == [Failed("second", 1, "full")]
+    assert set(room.run(5)) == {"first"}
+    room.promise(ask_for("second", 4, max_tokens=3))
 
 
 def test_the_evicted_come_before_newcomers() -> None:

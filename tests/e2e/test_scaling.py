@@ -15,7 +15,7 @@ import pytest
 from tests.e2e.client import DONE, at_once, complete, raw_post, stream
 from tests.e2e.cluster import Cluster, serving
 from tests.e2e.test_cancel import COMPLETIONS, LONG_ANSWER, long_prompt
-from tests.e2e.test_loss import decoding
+from tests.e2e.test_loss import decoder, decoding
 
 ANSWER: dict[str, Any] = {"ignore_eos": True, "temperature": 0, "return_timeline": True}
 
@@ -104,18 +104,25 @@ def test_a_drained_prefill_worker_finishes_what_it_has(cluster: Cluster) -> None
     assert served_by(cluster, different(1)) == [("successor", "decode-0")]
 
 
-def test_a_drain_has_an_end(cluster: Cluster) -> None:
-    """After --shutdown-timeout what still runs is lost, and says so."""
-    cluster.worker("decode", "--shutdown-timeout", "0.3", name="hasty")
-    cluster.until_joined("hasty")
+def test_what_a_drain_does_not_wait_for_moves(cluster: Cluster) -> None:
+    """After --shutdown-timeout what still runs goes on elsewhere, and no token changes."""
+    for name in ("hasty-0", "hasty-1"):
+        cluster.worker("decode", "--shutdown-timeout", "0.1", name=name)
+    cluster.until_joined("hasty-0", "hasty-1")
     cluster["decode-0"].signal(signal.SIGTERM)
     assert cluster["decode-0"].wait() == 0
-    with stream(cluster.url, COMPLETIONS, LONG_ANSWER) as events:
-        decoding(events)
-        cluster["hasty"].signal(signal.SIGTERM)
-        *_, last = events
-    assert last["error"]["code"] == "worker_lost"
-    assert cluster["hasty"].wait() == 0
+    body = {**LONG_ANSWER, "max_tokens": 2000, "temperature": 0, "return_token_ids": True}
+    undisturbed = complete(cluster.url, **body)["choices"][0]["token_ids"]
+    with stream(cluster.url, COMPLETIONS, {**body, "return_timeline": True}) as events:
+        begun = decoding(events)
+        victim = decoder(cluster)
+        cluster[victim].signal(signal.SIGTERM)
+        *chunks, end = [*begun, *events]
+    assert end == DONE
+    assert [t for chunk in chunks for t in chunk["choices"][0]["token_ids"]] == undisturbed
+    [loss] = chunks[-1]["metrics"]["recoveries"]
+    assert (loss["phase"], loss["cause"]) == ("decoding", "drained")
+    assert cluster[victim].wait() == 0
 
 
 def test_rolling_restart_fails_nobody(cluster: Cluster) -> None:

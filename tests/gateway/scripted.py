@@ -80,7 +80,7 @@ def obliging(order: Order) -> list[Event]:
 class Scripted:
     """A gateway's pools and sequencer over workers that play the parts given by name."""
 
-    def __init__(self, **options: float) -> None:
+    def __init__(self, **options: object) -> None:
         self.parts: dict[str, Part] = {}
         self.orders: dict[str, list[Order]] = {}
         self._ends: dict[str, asyncio.Queue[Report | None]] = {}

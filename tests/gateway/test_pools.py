@@ -153,6 +153,18 @@ async def test_a_new_start_replaces_the_old_for_good() -> None:
     assert [member.peer for member in cluster.pools.members] == [Peer("d", 4)]
 
 
+@on_virtual_time
+async def test_an_old_start_that_comes_back_late_is_refused_and_not_the_new_one() -> None:
+    cluster = Scripted()
+    old = cluster.add("d", DECODE)
+    cluster.pools.leave(old, "silent")
+    new = cluster.add("d", DECODE, incarnation=2)
+    with pytest.raises(HandshakeRefused, match="replaced"):
+        cluster.add("d", DECODE)
+    cluster.pools.leave(new)
+    assert cluster.add("d", DECODE, incarnation=2).usable
+
+
 @pytest.mark.parametrize("between", [0.0, 1.0])
 def test_the_same_start_may_join_again(between: float) -> None:
     @on_virtual_time
@@ -190,10 +202,62 @@ async def test_silence_is_loss() -> None:
     began = clock()
     while silent in cluster.pools.members:
         cluster.beat(alive)
-        await asyncio.sleep(0.2)
-    assert 1.5 <= clock() - began <= 2.05
+        await asyncio.sleep(0.05)
+    assert 1.25 <= clock() - began <= 1.5
     assert cluster.pools.members == [alive]
     watching.cancel()
+
+
+@on_virtual_time
+async def test_a_step_loop_that_stands_still_is_lost_within_three_seconds() -> None:
+    cluster = Scripted()
+    member = cluster.add("d", DECODE)
+    watching = asyncio.create_task(cluster.pools.watch())
+    began = clock()
+    while member in cluster.pools.members:
+        cluster.beat(member)  # always with the same progress
+        await asyncio.sleep(0.2)
+    assert 2.75 <= clock() - began <= 3.2
+    assert isinstance(member.session.lost, WorkerLost) and member.session.lost.cause == "hung"
+    again = cluster.add("d", DECODE)
+    cluster.beat(again)
+    assert not again.usable  # its start is known to hang
+    cluster.pools.report(again, Load(2))
+    assert again.usable
+    watching.cancel()
+
+
+@on_virtual_time
+async def test_a_shunned_pair_is_parted_and_both_are_used() -> None:
+    cluster = Scripted()
+    cluster.pair()
+    route = cluster.pools.route(ASK)
+    assert route is not None and names(route) == ("p", "d") and not route.fallback
+    cluster.pools.shun(route)
+    alone = cluster.pools.route(ASK)
+    assert names(alone) == ("", "d") and alone is not None and alone.fallback
+    cluster.add("e", DECODE)
+    assert names(cluster.pools.route(ASK)) == ("p", "e")
+    cluster.add("q", PREFILL)
+    kept = route.decode
+    assert names(cluster.pools.route(ASK, keep=kept)) == ("q", "d")
+    watching = asyncio.create_task(cluster.pools.watch())
+    for _ in range(25):
+        for number, member in enumerate(cluster.pools.members):
+            cluster.pools.report(member, Load(round(clock() * 100) + number))
+        await asyncio.sleep(0.25)
+    assert names(cluster.pools.route(ASK, [Peer("q", 1)], keep=kept)) == ("p", "d")
+    watching.cancel()
+
+
+@on_virtual_time
+async def test_a_decode_worker_alone_is_the_last_choice() -> None:
+    cluster = Scripted()
+    cluster.add("d", DECODE)
+    assert names(cluster.pools.route(ASK)) == ("", "d") and cluster.pools.ready()
+    cluster.add("b", BOTH)
+    route = cluster.pools.route(ASK)
+    assert names(route) == ("", "b") and route is not None and not route.fallback
 
 
 @on_virtual_time

@@ -3,16 +3,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
 from cluster.errors import (
     BadRequest,
-    BatonError,
     EngineFailed,
     NoWorkers,
     Overloaded,
-    TransferFailed,
     WorkerLost,
 )
 from cluster.messages import (
@@ -23,6 +22,7 @@ from cluster.messages import (
     Event,
     Failed,
     Generate,
+    Load,
     Order,
     Prefill,
     Promise,
@@ -31,7 +31,7 @@ from cluster.messages import (
     Start,
     Token,
 )
-from gateway.sequencer import Watch
+from gateway.relay import Recovery, Watch
 from tests.gateway.scripted import Part, Scripted, landing, obliging
 from tests.virtual import clock, on_virtual_time
 
@@ -133,20 +133,6 @@ async def test_events_of_another_attempt_or_out_of_order_are_nothing() -> None:
     assert await ask(cluster) == [100, 101, 102]
 
 
-@on_virtual_time
-async def test_a_gap_in_the_tokens_is_an_error_and_not_a_wait() -> None:
-    cluster = Scripted()
-
-    def forgetful(order: Order) -> list[Event]:
-        if not isinstance(order, Start):
-            return list(obliging(order))
-        return [Token("r", 1, 1, 101), Token("r", 1, 3, 103)]
-
-    cluster.pair(decode=forgetful)
-    with pytest.raises(EngineFailed):
-        await ask(cluster)
-
-
 @pytest.mark.parametrize("silent", [Promise, Prefill, Start])
 def test_closing_it_in_any_phase_cancels_on_every_worker_involved(silent: type) -> None:
     @on_virtual_time
@@ -178,23 +164,13 @@ async def test_closing_it_while_it_decodes_cancels_on_the_decode_worker() -> Non
     assert not cluster.cancels("p")  # it had done its part
 
 
-@pytest.mark.parametrize(
-    ("code", "error"),
-    [
-        ("too_large", BadRequest),
-        ("transfer_failed", TransferFailed),
-        ("lease_expired", TransferFailed),
-        ("engine_error", EngineFailed),
-        ("wrong_role", EngineFailed),
-    ],
-)
-@pytest.mark.parametrize("kind", [Promise, Prefill, Start])
-def test_failures_have_types(kind: type, code: str, error: type[BatonError]) -> None:
+@pytest.mark.parametrize("kind", [Promise, Prefill])
+def test_what_fits_nowhere_is_a_bad_request(kind: type) -> None:
     @on_virtual_time
     async def test() -> None:
         cluster = Scripted()
-        cluster.pair(prefill=failing(kind, code), decode=failing(kind, code))
-        with pytest.raises(error):
+        cluster.pair(prefill=failing(kind, "too_large"), decode=failing(kind, "too_large"))
+        with pytest.raises(BadRequest):
             await ask(cluster)
         await asyncio.sleep(0.01)
         assert cluster.cancels("d") == cluster.cancels("p") == [Cancel("r", 1)]
@@ -300,31 +276,23 @@ async def test_too_many_waiting_are_turned_away_at_once() -> None:
 
 
 @on_virtual_time
-async def test_without_workers_it_says_so_at_once() -> None:
+async def test_without_workers_it_waits_a_little_and_says_so() -> None:
     cluster = Scripted()
-    with pytest.raises(NoWorkers):
-        await ask(cluster)
-    cluster.add("p", PREFILL)
-    with pytest.raises(NoWorkers):
-        await ask(cluster)
+    for _ in range(2):
+        began = clock()
+        with pytest.raises(NoWorkers) as error:
+            await ask(cluster)
+        assert clock() - began == 5.0 and error.value.retry_after
+        cluster.add("p", PREFILL)  # alone it can read, not write
 
 
-@pytest.mark.parametrize(("silent", "lost"), [(Promise, "d"), (Prefill, "p"), (Start, "d")])
-def test_a_lost_worker_ends_what_it_held(silent: type, lost: str) -> None:
-    @on_virtual_time
-    async def test() -> None:
-        cluster = Scripted()
-        cluster.pair(prefill=without(silent), decode=without(silent))
-        answer = ask(cluster)
-        await asyncio.sleep(1)
-        cluster.hang_up(lost)
-        with pytest.raises(WorkerLost):
-            await answer
-        await asyncio.sleep(0.01)
-        other = {"d": "p", "p": "d"}[lost]
-        assert cluster.cancels(other) == [Cancel("r", 1)]
-
-    test()
+@on_virtual_time
+async def test_who_comes_while_nobody_is_there_is_served_when_somebody_comes() -> None:
+    cluster = Scripted()
+    answer = ask(cluster)
+    await asyncio.sleep(4.9)
+    cluster.pair()
+    assert await answer == [100, 101, 102]
 
 
 @on_virtual_time
@@ -366,3 +334,329 @@ async def test_spans_add_up_to_what_passed_on_our_clock() -> None:
         {"queue": 2.0, "landing": 0.0, "prefill_queue": 0.25, "prefill": 0.5, "wire": 0.25}
     )
     await answer.aclose()
+
+
+# Losses. Workers of these tests say of an answer what `until` allows, and are then cut off.
+
+LONG = Request("r", (1, 2, 3), Sampling(max_tokens=8))
+WHOLE = list(range(100, 108))
+
+
+def up_to(last: int, asked: Request = LONG) -> Part:
+    """Tokens up to index `last`, and then none."""
+
+    def part(order: Order) -> list[Event]:
+        if isinstance(order, Start):
+            begin = order.first_token - 100 + 1
+            return [
+                Token(asked.id, order.attempt, i, 100 + i, "length" if i == 7 else "")
+                for i in range(begin, last + 1)
+            ]
+        if isinstance(order, Generate):
+            return [e for e in obliging(order) if isinstance(e, Token) and e.index <= last]
+        return list(obliging(order))
+
+    return part
+
+
+def resumed(emitted: int, asked: Request = LONG) -> Request:
+    return replace(asked, tokens=(*asked.tokens, *range(100, 100 + emitted)), emitted=emitted)
+
+
+def watched(cluster: Scripted, request: Request = LONG) -> tuple[Watch, asyncio.Task[list[int]]]:
+    watch = Watch(clock())
+    return watch, asyncio.create_task(collect(cluster.sequencer.answer(request, watch)))
+
+
+async def settled(cluster: Scripted) -> None:
+    """After an answer's end: nobody is involved any more."""
+    await asyncio.sleep(0.01)
+    assert all(member.session.requests == 0 for member in cluster.pools.members)
+    assert cluster.sequencer.running == cluster.sequencer.waiting == 0
+
+
+@on_virtual_time
+async def test_a_lost_decode_worker_is_replaced_and_the_answer_goes_on() -> None:
+    told: list[Recovery] = []
+    cluster = Scripted(recovered=told.append)
+    cluster.pair(decode=up_to(4))
+    cluster.add("e", DECODE, up_to(7))
+    watch, answer = watched(cluster)
+    await asyncio.sleep(1)
+    cluster.hang_up("d")
+    assert await answer == WHOLE
+    await settled(cluster)
+    assert cluster.orders["e"] == [Promise(resumed(5), 2), Start("r", 105, 2)]
+    assert cluster.orders["p"] == [
+        Prefill(LONG, landing()),
+        Prefill(resumed(5), landing(), 2),
+    ]
+    assert (watch.prefill_worker, watch.decode_worker) == ("p", "e")
+    assert told == watch.recoveries == [Recovery("decoding", "died", told[0].seconds)]
+
+
+@on_virtual_time
+async def test_a_prefill_worker_lost_before_its_token_is_replaced_at_the_same_landing() -> None:
+    cluster = Scripted()
+    cluster.pair(prefill=without(Prefill), decode=up_to(7))
+    cluster.add("e", DECODE)
+    watch, answer = watched(cluster)
+    await asyncio.sleep(2)
+    cluster.add("q", PREFILL)
+    cluster.hang_up("p")
+    assert await answer == WHOLE
+    await settled(cluster)
+    assert cluster.orders["d"] == [Promise(LONG), Promise(LONG, 2), Start("r", 100, 2)]
+    assert cluster.orders["q"] == [Prefill(LONG, landing(), 2)] and not cluster.orders["e"]
+    assert watch.recoveries == [Recovery("prefilling", "died", watch.recoveries[0].seconds)]
+    assert watch.spans["recovery"] == pytest.approx(2.0)
+    assert sum(watch.spans[p] for p in ("recovery", "queue", "landing", "wire")) == pytest.approx(
+        clock() - watch.arrived, abs=0.02
+    )
+
+
+@on_virtual_time
+async def test_without_another_prefill_worker_its_landing_becomes_a_prompt() -> None:
+    cluster = Scripted()
+    cluster.pair(prefill=without(Prefill), decode=up_to(7))
+    watch, answer = watched(cluster)
+    await asyncio.sleep(1)
+    cluster.hang_up("p")
+    assert await answer == WHOLE and watch.fallback
+    assert cluster.orders["d"] == [Promise(LONG), Generate(LONG, 2)]
+
+
+@on_virtual_time
+async def test_a_kept_landing_whose_worker_goes_too_is_made_elsewhere() -> None:
+    cluster = Scripted()
+    _, decode = cluster.pair(prefill=without(Prefill))
+    answer = ask(cluster, LONG)
+    await asyncio.sleep(1)
+    cluster.pools.report(decode, Load(1, draining=True))
+    cluster.add("q", PREFILL)
+    cluster.add("e", DECODE, up_to(7))
+    cluster.hang_up("p")
+    assert await answer == WHOLE
+    await settled(cluster)
+    assert cluster.cancels("d") == [Cancel("r", 1)]
+    assert cluster.kinds("e") == ["Promise", "Start"]
+
+
+@on_virtual_time
+async def test_a_prefill_worker_lost_in_the_handoff_costs_nothing_if_all_had_arrived() -> None:
+    cluster = Scripted()
+    cluster.pair(decode=without(Start))
+    watch, answer = watched(cluster, ASK)
+    await asyncio.sleep(1)
+    cluster.hang_up("p")
+    await asyncio.sleep(0.4)
+    cluster.say("d", Token("r", 1, 1, 101), Token("r", 1, 2, 102, "length"))
+    assert await answer == [100, 101, 102] and not watch.recoveries
+
+
+@on_virtual_time
+async def test_a_prefill_worker_lost_in_the_handoff_is_replaced() -> None:
+    cluster = Scripted()
+    cluster.pair(decode=without(Start))
+    cluster.add("q", PREFILL)
+    cluster.add("e", DECODE, up_to(7))
+    watch, answer = watched(cluster)
+    await asyncio.sleep(1)
+    cluster.hang_up("p")
+    await asyncio.sleep(1)
+    cluster.hang_up("d") if not answer.done() else None
+    assert await answer == WHOLE
+    assert watch.recoveries[0].phase == "handing_off"
+
+
+@on_virtual_time
+async def test_a_gap_in_the_tokens_is_filled() -> None:
+    cluster = Scripted()
+
+    def forgetful(order: Order) -> list[Event]:
+        events = up_to(7)(order)
+        if isinstance(order, Start) and order.attempt == 1:
+            return [e for e in events if isinstance(e, Token) and e.index != 3]
+        return events
+
+    cluster.pair(decode=forgetful)
+    watch, answer = watched(cluster)
+    assert await answer == WHOLE
+    assert [loss.cause for loss in watch.recoveries] == ["gap"]
+    assert cluster.orders["d"][2:4] == [Cancel("r", 1), Promise(resumed(3), 2)]
+
+
+@on_virtual_time
+async def test_what_an_older_attempt_says_is_nothing() -> None:
+    cluster = Scripted()
+
+    def zombie(order: Order) -> list[Event]:
+        if isinstance(order, Start):
+            stale = [Token("r", order.attempt - 1, i, 666) for i in range(9)]
+            return [*stale, Failed("r", order.attempt - 1, "engine_error"), *up_to(7)(order)]
+        return list(obliging(order))
+
+    cluster.pair(decode=up_to(2))
+    cluster.add("e", DECODE, zombie)
+    answer = ask(cluster, LONG)
+    await asyncio.sleep(1)
+    cluster.hang_up("d")
+    assert await answer == WHOLE
+
+
+@pytest.mark.parametrize("code", ["transfer_failed", "lease_expired"])
+def test_a_pair_that_failed_is_not_used_together_for_a_while(code: str) -> None:
+    @on_virtual_time
+    async def test() -> None:
+        cluster = Scripted()
+        cluster.pair(prefill=failing(Prefill, code), decode=up_to(7))
+        cluster.add("e", DECODE, up_to(7))
+        watch, answer = watched(cluster)
+        assert await answer == WHOLE
+        assert [loss.cause for loss in watch.recoveries] == ["transfer", "transfer"]
+        assert cluster.kinds("d").count("Promise") == cluster.kinds("e").count("Promise") == 1
+        assert watch.fallback  # there was no other pair
+
+    test()
+
+
+@on_virtual_time
+async def test_a_shunned_pair_has_another_chance_later() -> None:
+    cluster = Scripted()
+    cluster.pair(prefill=failing(Prefill, "transfer_failed", times=1), decode=up_to(7))
+    watching = asyncio.create_task(cluster.pools.watch())
+    watch, answer = watched(cluster)
+    assert await answer == WHOLE and watch.fallback
+    for _ in range(25):
+        for member in cluster.pools.members:
+            cluster.pools.report(member, Load(round(clock() * 100)))
+        await asyncio.sleep(0.25)
+    watch, answer = watched(cluster, replace(LONG, id="later"))
+    cluster.parts["d"] = up_to(7, replace(LONG, id="later"))
+    assert await answer == WHOLE and not watch.fallback
+    watching.cancel()
+
+
+@on_virtual_time
+async def test_a_step_that_raises_is_tried_once_more_and_elsewhere() -> None:
+    cluster = Scripted()
+    cluster.pair(decode=failing(Start, "engine_error"))
+    cluster.add("e", DECODE, up_to(7))
+    watch, answer = watched(cluster)
+    assert await answer == WHOLE
+    assert [(loss.phase, loss.cause) for loss in watch.recoveries] == [("handing_off", "engine")]
+
+
+@on_virtual_time
+async def test_where_there_is_one_worker_it_has_a_second_chance() -> None:
+    cluster = Scripted()
+    cluster.pair(prefill=failing(Prefill, "engine_error", times=1), decode=up_to(7))
+    assert await ask(cluster, LONG) == WHOLE
+
+
+@on_virtual_time
+async def test_who_two_workers_died_of_gets_no_third() -> None:
+    cluster = Scripted()
+    cluster.add("p", PREFILL)
+    for name in ("d", "e", "f"):
+        cluster.add(name, DECODE, up_to(2))
+    answer = ask(cluster, LONG)
+    for name in ("d", "e"):
+        await asyncio.sleep(1)
+        cluster.hang_up(name)
+    with pytest.raises(EngineFailed):
+        await answer
+    await settled(cluster)
+    assert not cluster.orders["f"]
+
+
+@on_virtual_time
+async def test_the_third_loss_is_the_end() -> None:
+    cluster = Scripted()
+    cluster.add("p", PREFILL)
+    members = [cluster.add(name, DECODE, up_to(2)) for name in ("d", "e", "f", "g")]
+    watch, answer = watched(cluster)
+    for member in members[:3]:
+        await asyncio.sleep(1)
+        cluster.pools.leave(member, "silent")
+    with pytest.raises(WorkerLost):
+        await answer
+    await settled(cluster)
+    assert not cluster.orders["g"] and len(watch.recoveries) == 2
+
+
+@on_virtual_time
+async def test_what_a_draining_worker_gives_back_moves_as_often_as_it_must() -> None:
+    cluster = Scripted()
+    cluster.add("p", PREFILL)
+    members = [cluster.add(name, DECODE, up_to(last)) for last, name in enumerate("defg", 2)]
+    cluster.add("h", DECODE, up_to(7))
+    watch, answer = watched(cluster)
+    for attempt, member in enumerate(members, 1):
+        await asyncio.sleep(1)
+        cluster.pools.report(member, Load(1, draining=True))
+        cluster.say(member.peer.name, Failed("r", attempt, "draining"))
+    assert await answer == WHOLE
+    assert {loss.cause for loss in watch.recoveries} == {"drained"} and len(watch.recoveries) == 4
+
+
+@on_virtual_time
+async def test_the_last_token_alone_needs_no_decode_worker() -> None:
+    cluster = Scripted()
+    cluster.pair(decode=up_to(6))
+    answer = ask(cluster, LONG)
+    await asyncio.sleep(1)
+    cluster.hang_up("d")
+    assert await answer == WHOLE
+    assert Prefill(resumed(7), None, 2) in cluster.orders["p"]
+
+
+@on_virtual_time
+async def test_who_was_lost_waits_for_nobodys_turn() -> None:
+    cluster = Scripted()
+    cluster.pair(decode=up_to(4))
+    cluster.add("e", DECODE, failing(Promise, "full"))
+    answer = ask(cluster, LONG)
+    await asyncio.sleep(1)
+    waiting = [ask(cluster, Request(f"w{n}", (1,), Sampling(max_tokens=3))) for n in range(3)]
+    await asyncio.sleep(1)
+    cluster.hang_up("d")
+    await asyncio.sleep(1)
+    cluster.parts["e"] = lambda order: (
+        up_to(7)(order) if getattr(order, "request", LONG).id == "r" else []
+    )
+    cluster.beat(cluster.pools.members[-1])
+    assert await answer == WHOLE
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+@on_virtual_time
+async def test_a_cancel_between_two_attempts_leaves_nothing() -> None:
+    cluster = Scripted()
+    cluster.pair(decode=up_to(4))
+    answer = cluster.sequencer.answer(LONG, Watch(clock()))
+    for _ in range(5):
+        await anext(answer)
+    cluster.hang_up("d")
+    waiting = asyncio.create_task(anext(answer))
+    await asyncio.sleep(1)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await answer.aclose()
+    await settled(cluster)
+
+
+@on_virtual_time
+async def test_without_a_prefill_worker_a_decode_worker_reads_by_itself() -> None:
+    fallen = []
+    cluster = Scripted(fell_back=lambda: fallen.append(1))
+    cluster.add("d", DECODE)
+    watch, answer = watched(cluster, ASK)
+    assert await answer == [100, 101, 102]
+    assert watch.fallback and fallen == [1]
+    assert cluster.orders["d"] == [Generate(ASK)]
+    cluster.add("p", PREFILL)
+    watch, answer = watched(cluster, replace(ASK, id="s"))
+    assert await answer == [100, 101, 102] and not watch.fallback

@@ -111,7 +111,7 @@ async def test_the_end_of_the_stream_is_told_to_all_who_listen(end: BaseExceptio
     with pytest.raises(WorkerLost):
         session.listen("b", mailbox)
     session.send(Cancel("a"))  # goes nowhere, and does not fail
-    session.close()
+    session.close("died")
     assert mailbox.take() is None
 
 
