@@ -1,5 +1,8 @@
 """gRPC with the options that Baton relies on, and streams of cluster.messages instead of stubs.
 
+With Credentials both sides of a connection show a certificate of their cluster: a gateway serves
+workers only, a worker gateways only. Without, everything is open to this machine's users.
+
 Source  gRPC core's keepalive guide; `grpc.http2.ping_timeout_ms` because a stopped peer is not
         noticed by keepalive_timeout_ms alone, and the ping limits because a default server answers
         one ping a second with GOAWAY.
@@ -13,12 +16,15 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from cluster.credentials import Credentials
+from cluster.errors import StartError
+
 MAX_MESSAGE_BYTES = 4 << 20
 
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 500),
-    ("grpc.http2.ping_timeout_ms", 500),
+    ("grpc.keepalive_timeout_ms", 1500),  # less, and busy cores alone end it
+    ("grpc.http2.ping_timeout_ms", 1500),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -27,8 +33,9 @@ CHANNEL_OPTIONS = [*_KEEPALIVE, ("grpc.enable_http_proxy", 0)]
 SERVER_OPTIONS = [
     *_KEEPALIVE,
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 250),
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.max_concurrent_streams", 1024),
+    ("grpc.http2.max_ping_strikes", 10),  # a flood of pings is answered with GOAWAY
+    ("grpc.max_concurrent_streams", 128),  # of one connection; further calls wait at the client
+    ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.so_reuseport", 0),
 ]
 
@@ -40,18 +47,76 @@ def stream_handler(
     behaviour: Behaviour,
     decode: Callable[[bytes], Any],
     encode: Callable[[Any], bytes],
+    credentials: Credentials | None = None,
 ) -> grpc.GenericRpcHandler:
-    """Serve one bidirectional method. `path` is "/package.Service/Method"."""
+    """Serve one bidirectional method. `path` is "/package.Service/Method".
+
+    With credentials it is for callers of the other role alone, on whatever port they come.
+    """
     _, service, method = path.split("/")
     handler = grpc.stream_stream_rpc_method_handler(
-        behaviour, request_deserializer=decode, response_serializer=encode
+        behaviour if credentials is None else _only(credentials.peer, behaviour),
+        request_deserializer=decode,
+        response_serializer=encode,
     )
     return grpc.method_handlers_generic_handler(service, {method: handler})
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+def _only(name: str, behaviour: Behaviour) -> Behaviour:
+    """`behaviour` for whoever has shown a certificate with this name."""
+
+    async def guarded(
+        messages: AsyncIterator[Any], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[Any]:
+        if name.encode() not in context.auth_context().get("x509_common_name", ()):
+            text = f"this takes a certificate of {name}: see --keys, --join and --join-port"
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
+        async for message in behaviour(messages, context):
+            yield message
+
+    return guarded
+
+
+def open_channel(address: str, credentials: Credentials | None = None) -> grpc.aio.Channel:
+    """To a process of the other role, whatever its address is called."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(
+        address,
+        grpc.ssl_channel_credentials(
+            credentials.authority, credentials.key, credentials.certificate
+        ),
+        options=[*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", credentials.peer)],
+    )
 
 
 def new_server() -> grpc.aio.Server:
     return grpc.aio.server(options=SERVER_OPTIONS)
+
+
+def listen(
+    server: grpc.aio.Server, address: str, flag: str, credentials: Credentials | None = None
+) -> int:
+    """Add a port for processes of the other role: its number. Raises StartError naming `flag`."""
+    try:
+        if credentials is None:
+            return int(server.add_insecure_port(address))
+        pair = (credentials.key, credentials.certificate)
+        secure = grpc.ssl_server_credentials(
+            [pair], credentials.authority, require_client_auth=True
+        )
+        return int(server.add_secure_port(address, secure))
+    except RuntimeError:
+        raise StartError(f"cannot listen on {address}: choose another {flag}") from None
+
+
+def why_not(error: grpc.aio.AioRpcError) -> str:
+    """Why no connection came about, where somebody has to do something about it; else nothing."""
+    details = error.details() or ""
+    if "failed to connect" not in details:
+        return ""
+    if "handshake failed" in details or "Verification" in details:
+        return "it shows no certificate of our keys: compare --keys of both"
+    if "Socket closed" in details:
+        return "it closes the connection at once: compare --keys of both"
+    return ""

@@ -61,6 +61,7 @@ class Member:
     silent_beats: int = 0
     still_beats: int = 0
     stuck_at: int | None = None  # lost before for hanging here: not used until it has moved
+    suspects: set[str] = field(default_factory=set)  # requests here that a worker died with
     sent_tokens: dict[str, int] = field(default_factory=dict)
     """Prompt tokens of requests sent since its last load, which that load cannot know of."""
     reading: Reading = field(default_factory=Reading)
@@ -279,11 +280,13 @@ class Pools:
         keep: Member | None = None,
         *,
         paced: bool = False,
+        apart: bool = False,
     ) -> Route | None:
         """The best pair, else the best `both` worker, else a decode worker alone. None: nobody can.
 
         `keep` is the decode worker, if there is one already. `paced`: none that has enough to read
-        for now. Raises BadRequest for a request that is larger than every worker.
+        for now. `apart`: rather none with a suspect. Raises BadRequest for a request that is
+        larger than every worker.
         """
         self._check_size(request)
         open_to = [m for m in self.members if m.usable and m.fits(request) and m.peer not in avoid]
@@ -292,6 +295,8 @@ class Pools:
         of = {
             role: [m for m in open_to if m.hello.role == role] for role in (PREFILL, DECODE, BOTH)
         }
+        if apart:
+            of = {role: [m for m in of[role] if not m.suspects] or of[role] for role in of}
         free = {
             role: [m for m in of[role] if not paced or m.reading.takes(len(request.tokens))]
             for role in of

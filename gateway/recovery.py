@@ -11,7 +11,8 @@
     drained   it was told to end and gave the request back
 
 A request has three attempts. Deaths count apart, because the request itself may be what kills: one
-that was there when two workers died gets no third.
+that was there when two workers died gets no third. After the first death it is a suspect, and goes
+where no other suspect is if it can, so that the innocent do not die beside the one that kills.
 """
 
 from __future__ import annotations
@@ -61,18 +62,25 @@ class Losses:
         self._attempts = 0
         self._deaths = 0
 
-    def count(self, error: BatonError) -> str:
-        """The cause. Raises what the client is told if this was once too often."""
+    def count(self, error: BatonError, computing: bool = True) -> str:
+        """The cause. Raises what the client is told if this was once too often.
+
+        Without `computing` nothing of the request had been computed there: it killed nobody.
+        """
         cause = cause_of(error)
         if not cause:
             raise error
         self._attempts += cause != "drained"
-        self._deaths += cause in _DEATHS
+        self._deaths += computing and cause in _DEATHS
         if self._deaths >= MAX_DEATHS:
             raise EngineFailed("The engine could not complete this request.") from error
         if self._attempts >= MAX_ATTEMPTS:
             raise error
         return cause
+
+    @property
+    def suspect(self) -> bool:
+        return self._deaths > 0
 
     def __bool__(self) -> bool:
         return self._attempts > 0

@@ -80,10 +80,13 @@ class Relay:
         member.session.listen(self.request.id, self.mailbox)
         if member not in self._members:
             self._members.append(member)
+        if self.losses.suspect:
+            member.suspects.add(self.request.id)
 
     def dismiss(self, member: Member) -> None:
         """It has done its part: what happens to it no longer concerns the request."""
         member.session.forget(self.request.id)
+        member.suspects.discard(self.request.id)
         self._members.remove(member)
 
     def release(self, keep: Member | None = None) -> None:
@@ -96,7 +99,8 @@ class Relay:
     def lose(self, error: BatonError, now: float) -> str:
         """Back to the queue, to go on from what the client has. Returns the cause. Raises what ends
         the answer."""
-        cause = self.losses.count(error)
+        computing = self.phase not in (Phase.QUEUED, Phase.PROMISING)
+        cause = self.losses.count(error, computing)
         prefill, decode = self.route.prefill, self.route.decode
         self.keep = None
         if self.phase is Phase.PREFILLING and prefill and error is prefill.session.lost:

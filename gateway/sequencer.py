@@ -33,7 +33,7 @@ from cluster.messages import (
     Token,
 )
 from gateway.admission import ANYBODY, Admission
-from gateway.fair import Claim
+from gateway.fair import Standing
 from gateway.pools import Member, Pools, Route
 from gateway.relay import Recovery, Relay, Watch, fail
 
@@ -92,23 +92,27 @@ class Sequencer:
         """Requests without a first token."""
         return self._admission.waiting
 
-    def admit(self, claim: Claim, requests: int = 1) -> None:
+    def admit(self, standing: Standing, requests: int = 1) -> None:
         """For a call before it is answered. Raises Overloaded if it would wait for too long."""
-        self._admission.admit(claim, requests)
+        self._admission.admit(standing, requests)
+
+    def delay(self) -> float:
+        """Seconds that a newcomer without a key would have to wait, by what was measured."""
+        return self._admission.delay(ANYBODY)
 
     async def answer(
-        self, request: Request, watch: Watch, claim: Claim | None = None
+        self, request: Request, watch: Watch, standing: Standing | None = None
     ) -> AsyncGenerator[Token, None]:
         """Tokens in order, the last with a finish. Closing it early cancels on all workers at once.
 
-        `claim` is of a call that was admitted. Raises Overloaded, NoWorkers, BadRequest;
+        `standing` is of a call that was admitted. Raises Overloaded, NoWorkers, BadRequest;
         EngineFailed for a request that two workers died of; WorkerLost or TransferFailed when all
         attempts are used up.
         """
-        if claim is None:
-            claim = ANYBODY
-            self.admit(claim)
-        with self._relay(request, watch, claim) as relay:
+        if standing is None:
+            standing = ANYBODY
+            self.admit(standing)
+        with self._relay(request, watch, standing) as relay:
             while True:
                 try:
                     token = await self._next(relay)
@@ -125,9 +129,9 @@ class Sequencer:
                     return
 
     @contextmanager
-    def _relay(self, request: Request, watch: Watch, claim: Claim) -> Iterator[Relay]:
+    def _relay(self, request: Request, watch: Watch, standing: Standing) -> Iterator[Relay]:
         """One answer's account. However it ends, nothing of it runs on afterwards."""
-        with self._admission.seat(request, claim) as seat:
+        with self._admission.seat(request, standing) as seat:
             relay = Relay(request, watch, seat)
             self.running += 1
             try:
@@ -243,7 +247,9 @@ class Sequencer:
         route = None
         while route is None:
             avoid = refused | relay.avoid
-            route = self._pools.route(relay.request, avoid, relay.keep, paced=not lost)
+            route = self._pools.route(
+                relay.request, avoid, relay.keep, paced=not lost, apart=relay.losses.suspect
+            )
             if route is not None:
                 relay.seat.take(route, len(relay.request.tokens))
             elif relay.keep is not None:

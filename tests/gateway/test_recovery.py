@@ -48,6 +48,14 @@ def test_three_attempts_and_two_deaths(
         losses.count(errors[-1])
 
 
+def test_who_had_nothing_computed_killed_nobody() -> None:
+    losses = Losses()
+    assert losses.count(DIED, computing=False) == "died" and not losses.suspect
+    assert losses.count(DIED) == "died" and losses.suspect
+    with pytest.raises(WorkerLost):  # the third attempt, not the second death
+        losses.count(DIED, computing=False)
+
+
 def test_being_given_back_is_no_loss() -> None:
     losses = Losses()
     assert {losses.count(GivenBack("drains")) for _ in range(10)} == {"drained"}

@@ -571,6 +571,26 @@ async def test_who_two_workers_died_of_gets_no_third() -> None:
 
 
 @on_virtual_time
+async def test_suspects_are_kept_apart_while_there_are_workers_for_it() -> None:
+    cluster = Scripted()
+    cluster.add("p", PREFILL)
+    cluster.add("d", DECODE, without(Start))
+    asked = [replace(LONG, id=name) for name in ("r", "s", "t")]
+    answers = [ask(cluster, request) for request in asked]
+    await asyncio.sleep(1)
+    others = [cluster.add(name, DECODE, without(Start)) for name in ("e", "f")]
+    cluster.hang_up("d")
+    await asyncio.sleep(1)
+    assert sorted(len(member.suspects) for member in others) == [1, 2]
+    prefill = cluster.pools.members[0]
+    assert prefill.suspects == {"r", "s", "t"}  # there is one
+    for answer in answers:
+        answer.cancel()
+    await asyncio.gather(*answers, return_exceptions=True)
+    assert not any(member.suspects for member in cluster.pools.members)
+
+
+@on_virtual_time
 async def test_the_third_loss_is_the_end() -> None:
     cluster = Scripted()
     cluster.add("p", PREFILL)
