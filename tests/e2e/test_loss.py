@@ -18,7 +18,7 @@ from tests.e2e.test_cancel import COMPLETIONS, LONG_ANSWER, SOON_S, long_answer,
 from tests.e2e.test_clients import generate_stream
 
 SLOW = ("--max-num-batched-tokens", "16", "--chunk-bytes", "4096")  # of a prefill worker
-ANSWER = {**LONG_ANSWER, "max_tokens": 600, "temperature": 0, "return_token_ids": True}
+ANSWER = {**LONG_ANSWER, "max_tokens": 1000, "temperature": 0, "return_token_ids": True}
 
 WORST = pytest.mark.parametrize(
     ("blow", "cause"),
@@ -31,9 +31,9 @@ WORST = pytest.mark.parametrize(
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """One prefill worker and two decode workers."""
-    with serving(tmp_path, prefill=SLOW) as cluster:
-        cluster.worker("decode")
+    """One prefill worker and two decode workers, slow enough to be met at work."""
+    with serving(tmp_path, prefill=SLOW, flags=("--kernels", "torch")) as cluster:
+        cluster.worker("decode", "--kernels", "torch")
         cluster.until_joined()
         yield cluster
 
@@ -77,6 +77,7 @@ def test_decode_worker_lost_during_an_answer(
     cluster: Cluster, blow: signal.Signals, cause: str
 ) -> None:
     undisturbed = complete(cluster.url, **ANSWER)["choices"][0]["token_ids"]
+    cluster.until_idle(SOON_S)
     with stream(cluster.url, COMPLETIONS, {**ANSWER, "return_timeline": True}) as events:
         begun = decoding(events)
         victim = decoder(cluster)
@@ -123,7 +124,7 @@ def test_prefill_worker_lost_after_its_part(cluster: Cluster) -> None:
         begun = decoding(events)
         cluster["prefill-0"].signal(signal.SIGKILL)
         chunks = [*begun, *events]
-    assert len(token_ids(chunks)) == 600 and not chunks[-2]["metrics"]["recoveries"]
+    assert len(token_ids(chunks)) == 1000 and not chunks[-2]["metrics"]["recoveries"]
 
 
 @pytest.mark.parametrize(
@@ -141,13 +142,14 @@ def test_prefill_worker_lost_after_its_part(cluster: Cluster) -> None:
             },
             id="penalties-choices",
         ),
-        pytest.param({"temperature": 0, "stop": ["zzzzz", "  q"], "min_p": 0.1}, id="stop"),
+        pytest.param({"temperature": 0, "stop": ["\u0416\u0416", "\u00fc\u00fc"], "min_p": 0.1}, id="stop"),
     ],
 )
 def test_nothing_of_an_answer_changes(cluster: Cluster, asked: dict[str, Any]) -> None:
     """Noise, penalties, logprobs, stop strings, choices and usage know of no attempt."""
-    body = {**ANSWER, "max_tokens": 400, **asked}
+    body = {**ANSWER, **asked}
     undisturbed = complete(cluster.url, **body)
+    cluster.until_idle(SOON_S)
     with ThreadPoolExecutor(1) as caller:
         call = caller.submit(lambda: complete(cluster.url, **body))
         status = cluster.until(
@@ -184,8 +186,9 @@ def test_a_stopped_worker_comes_back_empty(cluster: Cluster) -> None:
 def test_grpc_goes_on_too(cluster: Cluster) -> None:
     with grpc.insecure_channel(cluster.grpc) as channel:
         asked = long_answer()
-        asked.max_tokens, asked.temperature, asked.return_timeline = 600, 0, True
+        asked.max_tokens, asked.temperature, asked.return_timeline = 1000, 0, True
         undisturbed = list(generate_stream(channel)(asked, timeout=30))
+        cluster.until_idle(SOON_S)
         call = generate_stream(channel)(asked, timeout=30)
         begun = decoding(call)
         cluster[decoder(cluster)].signal(signal.SIGKILL)

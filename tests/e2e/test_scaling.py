@@ -107,12 +107,14 @@ def test_a_drained_prefill_worker_finishes_what_it_has(cluster: Cluster) -> None
 def test_what_a_drain_does_not_wait_for_moves(cluster: Cluster) -> None:
     """After --shutdown-timeout what still runs goes on elsewhere, and no token changes."""
     for name in ("hasty-0", "hasty-1"):
-        cluster.worker("decode", "--shutdown-timeout", "0.1", name=name)
+        slow = ("--kernels", "torch")
+        cluster.worker("decode", *slow, "--shutdown-timeout", "0.1", name=name)
     cluster.until_joined("hasty-0", "hasty-1")
     cluster["decode-0"].signal(signal.SIGTERM)
     assert cluster["decode-0"].wait() == 0
     body = {**LONG_ANSWER, "max_tokens": 2000, "temperature": 0, "return_token_ids": True}
     undisturbed = complete(cluster.url, **body)["choices"][0]["token_ids"]
+    cluster.until_idle(2)
     with stream(cluster.url, COMPLETIONS, {**body, "return_timeline": True}) as events:
         begun = decoding(events)
         victim = decoder(cluster)
