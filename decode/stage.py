@@ -128,6 +128,7 @@ class DecodeStage:
                 landing = self._landings.promise(request, attempt, self._clock(), keys)
             except BlocksExhausted:
                 code = "full"
+                self._promised.pop(request.id, None)  # an older attempt's landing made room for it
             except BatonError as error:
                 code = error.code
         if code:
