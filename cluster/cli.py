@@ -16,6 +16,10 @@ COMMANDS = {
     "worker": ("deploy.worker", "one prefill, decode or undivided worker"),
     "chat": ("deploy.chat", "talk to a running cluster in the terminal"),
     "status": ("deploy.status", "pools, peers, load and free blocks of a running cluster"),
+    "keys cluster": ("deploy.keys", "make the keys that gateways and workers need off loopback"),
+    "keys api": ("deploy.api_keys", "make an API key and its entry for --api-key-file"),
+    "digest": ("deploy.digest", "record what a model's files are, or check it"),
+    "chaos": ("bench.chaos.main", "strike a cluster of its own and compare every answer"),
     "bench serve": ("bench.serve", "load any OpenAI-compatible server and measure it"),
     "bench transfer": ("bench.transfer", "KV between workers: GB/s, checks, exposed time"),
     "bench gateway": ("bench.gateway", "what streaming costs the gateway, beside bare uvicorn"),
@@ -23,6 +27,7 @@ COMMANDS = {
     "bench accuracy": ("bench.accuracy", "logits and perplexity of each precision"),
     "bench attention": ("bench.attention_cpu", "attention on the CPU beside torch and the limits"),
     "bench linear": ("bench.linear", "matrix products on the CPU beside torch and the limits"),
+    "bench overload": ("bench.overload", "four times too much: who is let in, who is refused, how"),
     "bench compare": ("bench.compare", "divided against undivided on the same cores"),
 }
 
@@ -38,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
-    length = 2 if words[0] == "bench" else 1
+    length = 2 if words[0] in ("bench", "keys") else 1
     name = " ".join(words[:length])
     if name not in COMMANDS:
         print(f"baton: unknown command {name!r}\n\n{USAGE}", file=sys.stderr)

@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args, get_type_hints
 
@@ -30,12 +30,16 @@ BUILT_IN = Path(__file__).parents[1] / "engine" / "tiny" / "model"
 """The checkpoint of baton-tiny. A path, because this package knows nothing of the engine."""
 
 API_KEYS: Final = "BATON_API_KEYS"
-"""The environment variable with API keys, one a line, for when no flag and no file names any."""
+"""The environment variable with API keys, one a line, for when no --api-key names any."""
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 MAX_BODY_BYTES: Final = 16 << 20
 """What fits into one frame of the data plane (kvtransfer.frames.MAX_BODY), so into one chunk."""
+
+NOT_YAML: Final = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+"""What PyYAML raises for text that it cannot read: its own, and whatever a value like 2001-99-99,
+`!!bool x` or ten thousand brackets makes Python raise."""
 
 LONGEST_S: Final = 1_000_000
 """Eleven days. A timer beyond that is a slip, or infinity."""
@@ -75,9 +79,19 @@ class Common:
 
     model: str = option("", "checkpoint directory; empty for the built-in baton-tiny")
     max_model_len: int = option(0, "longest prompt + answer in tokens; 0 takes the model's own")
+    keys: str = option(
+        "", "directory made by `baton keys cluster`: TLS and CURVE between gateways and workers"
+    )
+    skip_digest: bool = option(False, "load a model whose files are not those of its digests.json")
     log_level: str = option("info", "debug, info, warning or error", choices=LOG_LEVELS)
     shutdown_timeout: float = option(
         30.0, "seconds that running requests get to finish on SIGTERM", maximum=LONGEST_S
+    )
+    pressure_limit: float = option(
+        0.85,
+        "share of its memory limit, or of its file descriptors, from which on a process takes "
+        "nothing new; 0 never refuses",
+        maximum=1,
     )
     die_with: int = option(0, "end at once when the process with this id dies", hidden=True)
     start_word: int = option(
@@ -92,32 +106,83 @@ class GatewayConfig(Common):
     host: str = option("127.0.0.1", "address of the HTTP server; off loopback only with API keys")
     port: int = option(8000, "port of the HTTP server", minimum=1, maximum=65535)
     grpc_host: str = option(
-        "127.0.0.1", "address of the gRPC server; loopback only, workers have no keys"
+        "127.0.0.1", "address of the gRPC server; off loopback only with API keys and --keys"
     )
     grpc_port: int = option(
-        8001, "port of the gRPC server: clients and joining workers", minimum=1, maximum=65535
+        8001,
+        "port of the gRPC server: clients, and without --keys joining workers",
+        minimum=1,
+        maximum=65535,
     )
+    join_host: str = option("127.0.0.1", "with --keys, the address where workers join")
+    join_port: int = option(
+        9001, "with --keys, the port where workers join", minimum=1, maximum=65535
+    )
+    ssl_certfile: str = option("", "certificate (PEM) with which HTTP and gRPC clients get TLS")
+    ssl_keyfile: str = option("", "its key (PEM)")
     served_model_name: tuple[str, ...] = option(
         (), "names that clients may use; the first is shown"
     )
     api_key: tuple[str, ...] = option(
         (), f"accept only these bearer tokens; repeatable, or in ${API_KEYS}", secret=True
     )
-    api_key_file: str = option("", "file with bearer tokens, one a line; shows in no process list")
+    api_key_file: str = option(
+        "",
+        "file with bearer tokens, one a line, or with the list that `baton keys api` writes; read "
+        "again when it changes",
+    )
     max_waiting: int = option(1024, "requests without a first token before 503", minimum=1)
+    max_queue_delay: float = option(
+        10.0,
+        "seconds that a request may have to wait, by what was measured, before 503; 0 is no limit",
+        maximum=LONGEST_S,
+    )
     queue_timeout: float = option(
         60.0, "seconds a request waits for room before 503", maximum=LONGEST_S
+    )
+    no_worker_timeout: float = option(
+        5.0, "seconds a request waits while no worker is there before 503", maximum=LONGEST_S
     )
     request_timeout: float = option(
         600.0, "seconds a request may take altogether", minimum=0.001, maximum=LONGEST_S
     )
     allow_unknown_fields: bool = option(False, "ignore request fields we do not know")
+    keep_alive_timeout: float = option(
+        60.0, "seconds an HTTP connection is kept between requests", minimum=1, maximum=LONGEST_S
+    )
+    max_connections: int = option(8192, "HTTP connections that are served at once", minimum=1)
+    max_connections_per_peer: int = option(
+        4096, "HTTP connections from one address; a proxy in front is one address", minimum=1
+    )
+    write_timeout: float = option(
+        60.0,
+        "seconds without reading after which a client is hung up on and its work cancelled",
+        minimum=0.1,
+        maximum=LONGEST_S,
+    )
+    reattach_timeout: float = option(
+        30.0,
+        "seconds that a call with an Idempotency-Key goes on without its client, and that its "
+        "answer can be fetched again",
+        maximum=LONGEST_S,
+    )
     listen: tuple[int, ...] = option(
         (), "inherited sockets: of the port shared with siblings, and of an own one", hidden=True
     )
     sibling: tuple[str, ...] = option(
         (), "own addresses of all gateways on the shared port, this one's too", hidden=True
     )
+
+    @property
+    def scheme(self) -> str:
+        return "https" if self.ssl_certfile else "http"
+
+    @property
+    def join_address(self) -> str:
+        """Where workers join: with keys a port that takes nobody else, without them gRPC's."""
+        if self.keys:
+            return f"{self.join_host}:{self.join_port}"
+        return f"{self.grpc_host}:{self.grpc_port}"
 
 
 @dataclass(frozen=True)
@@ -154,6 +219,11 @@ class WorkerOptions(Common):
     )
     enable_prefix_caching: bool = option(True, "keep the KV of past prompts for shared prefixes")
     threads: int = option(1, "CPU threads of the step loop", minimum=1)
+    hang_timeout: float = option(
+        10.0,
+        "seconds after which a worker whose step loop hangs ends itself; 0 never",
+        maximum=LONGEST_S,
+    )
     lease: float = option(
         10.0,
         "seconds a promised landing waits for its KV and its start",
@@ -166,6 +236,11 @@ class WorkerOptions(Common):
     credit_bytes: int = option(
         64 << 20, "unacknowledged KV bytes per link; at least --chunk-bytes", minimum=1
     )
+    kv_transport: str = option(
+        "auto",
+        "auto, or zeromq: no memory shared between workers of one machine",
+        choices=("auto", "zeromq"),
+    )
 
 
 @dataclass(frozen=True)
@@ -173,9 +248,13 @@ class WorkerConfig(WorkerOptions):
     """`baton worker`"""
 
     role: str = option("both", "prefill, decode or both", choices=ROLES)
-    join: tuple[str, ...] = option(("127.0.0.1:8001",), "gRPC address of a gateway; repeatable")
+    join: tuple[str, ...] = option(
+        ("127.0.0.1:8001",), "where a gateway lets workers join; repeatable"
+    )
     name: str = option("", "unique in the cluster; empty makes one")
-    host: str = option("127.0.0.1", "address of the control and data planes; loopback only")
+    host: str = option(
+        "127.0.0.1", "address of the control and data planes; off loopback only with --keys"
+    )
     port: int = option(0, "port of the gRPC control plane; 0 picks a free one", maximum=65535)
     data_port: int = option(0, "port of the KV data plane; 0 picks a free one", maximum=65535)
     pin: tuple[int, ...] = option((), "CPU cores to stay on")
@@ -202,10 +281,7 @@ class ServeConfig(WorkerOptions, GatewayConfig):
 
 
 def load(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
-    """Parse flags over an optional `--config` YAML file. Raises StartError with what to change.
-
-    The keys of an `--api-key-file` are in `api_key` afterwards, like those given in any other way.
-    """
+    """Parse flags over an optional `--config` YAML file. Raises StartError with what to change."""
     parser = _parser(kind, prog)
     try:
         known, unknown = parser.parse_known_args(list(argv))
@@ -220,13 +296,10 @@ def load(kind: type[Config], argv: Sequence[str], prog: str) -> Config:
     values.update(given)
     if positional is not None:
         values["model"] = positional
-    if "api_key" in kind.__dataclass_fields__ and not {"api_key", "api_key_file"} & values.keys():
+    if "api_key" in kind.__dataclass_fields__ and "api_key" not in values:
         values["api_key"] = environment(API_KEYS).split()
     config = kind(**{key: _frozen(value) for key, value in values.items()})
     check(config)
-    if isinstance(config, GatewayConfig) and config.api_key_file:
-        keys = (*config.api_key, *_read_keys(Path(config.api_key_file)))
-        return replace(config, api_key=keys, api_key_file="")
     return config
 
 
@@ -271,20 +344,40 @@ def _check_together(config: Common) -> None:
         )
     if isinstance(config, WorkerConfig) and not config.join:
         raise StartError("--join: none is given, and a worker without a gateway has no work")
-    inner = "grpc_host" if isinstance(config, GatewayConfig) else "host"
-    if not _on_loopback(getattr(config, inner, "localhost")):
+    _check_house(config)
+
+
+def _check_house(config: Common) -> None:
+    """Loopback on every plane, until there are keys for those who come from elsewhere."""
+    inner: tuple[str, ...] = ()
+    if isinstance(config, GatewayConfig):
+        inner = ("join_host", "grpc_host")
+    elif isinstance(config, WorkerConfig):
+        inner = ("host",)
+    for name in inner:
+        host = getattr(config, name)
+        if not config.keys and not _on_loopback(host):
+            raise StartError(
+                f"{_flag(name)}: {host!r} is not a loopback address: gateways and workers leave "
+                "this machine only with --keys, which `baton keys cluster DIR` makes"
+            )
+    if isinstance(config, WorkerConfig) and config.host in ("", "0.0.0.0", "::"):
         raise StartError(
-            f"{_flag(inner)}: {getattr(config, inner)!r} is not a loopback address, and this "
-            "plane has no authentication yet"
+            f"--host: {config.host!r} is no address that others could reach: give this machine's"
         )
-    if (
-        isinstance(config, GatewayConfig)
-        and not _on_loopback(config.host)
-        and not (config.api_key or config.api_key_file)
-    ):
+    if isinstance(config, GatewayConfig) and not (config.api_key or config.api_key_file):
+        for name in ("host", "grpc_host"):
+            if not _on_loopback(getattr(config, name)):
+                raise StartError(
+                    f"{_flag(name)} {getattr(config, name)} without --api-key would answer "
+                    "everybody: give --api-key or --api-key-file, or a loopback address"
+                )
+    if isinstance(config, GatewayConfig) and bool(config.ssl_certfile) != bool(config.ssl_keyfile):
+        raise StartError("--ssl-certfile and --ssl-keyfile: one is of no use without the other")
+    if isinstance(config, ServeConfig) and not _on_loopback(config.join_host):
         raise StartError(
-            f"--host {config.host} without --api-key would answer everybody: give --api-key or "
-            "--api-key-file, or a loopback address"
+            f"--join-host: {config.join_host!r} is not a loopback address, and those of `baton "
+            "serve` reach nobody else: start `baton gateway` and `baton worker` on each machine"
         )
 
 
@@ -345,8 +438,8 @@ def _read_yaml(kind: type[Common], path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise StartError(f"--config {path}: {getattr(error, 'strerror', error)}") from None
-    except yaml.YAMLError as error:
-        raise StartError(f"--config {path}: not YAML: {str(error).splitlines()[0]}") from None
+    except NOT_YAML as error:
+        raise StartError(f"--config {path}: not YAML: {str(error).partition(chr(10))[0]}") from None
     if not isinstance(data, dict):
         raise StartError(f"--config {path}: must map flag names to values")
     names = {entry.name: entry for entry in fields(kind)}
@@ -360,20 +453,6 @@ def _read_yaml(kind: type[Common], path: Path) -> dict[str, Any]:
         many = names[name].metadata["many"]
         values[name] = [value] if many and not isinstance(value, list) else value
     return values
-
-
-def _read_keys(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StartError(f"--api-key-file {path}: {getattr(error, 'strerror', error)}") from None
-    keys = [line.strip() for line in lines if line.strip()]
-    if not keys or not all(map(_KEY.fullmatch, keys)):
-        raise StartError(
-            f"--api-key-file {path}: must hold keys, one a line, of visible ASCII characters "
-            "without spaces"
-        )
-    return keys
 
 
 def _unknown(what: str, given: str, known: Sequence[str]) -> str:

@@ -293,6 +293,18 @@ class GatewayMetrics:
             ("model_name", "code"),
             registry=self.registry,
         )
+        self._waiting = Gauge(
+            "baton_requests_waiting",
+            "Requests at this gateway that have no first token yet.",
+            ("model_name",),
+            registry=self.registry,
+        ).labels(model)
+        self._delay = Gauge(
+            "baton_queue_delay_seconds",
+            "How long a newcomer would wait to be let in, by what was measured.",
+            ("model_name",),
+            registry=self.registry,
+        ).labels(model)
         self._pressure = Gauge(
             "baton_pressure_ratio",
             "Share in use of this gateway's memory limit and of its file descriptors.",
@@ -312,7 +324,8 @@ class GatewayMetrics:
             buckets=TTFT_BUCKETS,
             registry=self.registry,
         )
-        self.registry.register(_Workers(model, workers))
+        self._workers = _Workers(model, workers)
+        self.registry.register(self._workers)
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
         family = Histogram(
@@ -379,6 +392,18 @@ class GatewayMetrics:
     def error(self, code: str) -> None:
         self._errors.labels(self._model, code).inc()
 
+    def queue(
+        self,
+        waiting: Callable[[], float],
+        held_back: Callable[[], float],
+        delay: Callable[[], float],
+    ) -> None:
+        """Where to look, at scrape time, for who waits, who of them was sent to no worker yet, and
+        for how long a newcomer would."""
+        self._waiting.set_function(waiting)
+        self._workers.held_back = held_back
+        self._delay.set_function(delay)
+
     def pressure(self, resource: str, share: float) -> None:
         self._pressure.labels(resource).set(share)
 
@@ -399,6 +424,7 @@ class _Workers(Collector):
     def __init__(self, model: str, workers: Callable[[], Iterable[WorkerView]]) -> None:
         self._model = model
         self._workers = workers
+        self.held_back: Callable[[], float] | None = None  # in the gateway's own queue
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: the registry would otherwise scrape all workers at registration."""
@@ -415,8 +441,12 @@ class _Workers(Collector):
             "vllm:num_requests_running", "Sequences in the running batch.", labels=labels
         )
         waiting = GaugeMetricFamily(
-            "vllm:num_requests_waiting", "Sequences waiting to be scheduled.", labels=labels
+            "vllm:num_requests_waiting",
+            "Sequences waiting to be scheduled: on workers, and in the gateway's queue for them.",
+            labels=labels,
         )
+        if self.held_back is not None:
+            waiting.add_metric((self._model, "gateway", ""), self.held_back())
         usage = GaugeMetricFamily(
             "vllm:kv_cache_usage_perc", "Share of blocks in use, 0 to 1.", labels=labels
         )

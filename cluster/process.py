@@ -12,14 +12,21 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn, TextIO
 
 import uvloop
 
 from cluster.errors import StartError
 
 EXIT_START = 78  # EX_CONFIG: cannot start as told
+EXIT_SICK = 70  # EX_SOFTWARE: computes nothing any more, a new process may
+
+
+REQUEST: Final[ContextVar[str]] = ContextVar("request", default="")
+"""The id of the request that a task works on. Each line that is logged meanwhile has it."""
 
 
 class JsonLines(logging.Formatter):
@@ -34,6 +41,8 @@ class JsonLines(logging.Formatter):
             "event": record.getMessage(),
             "where": record.name,
         }
+        if request := REQUEST.get():
+            line["request_id"] = request
         line |= {k: v for k, v in vars(record).items() if k not in self._STANDARD}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
@@ -41,11 +50,12 @@ class JsonLines(logging.Formatter):
 
 
 def start_logging(level: str) -> None:
-    """Everything goes to stderr."""
+    """Everything goes to stderr. What it does not take, a full disk behind it, is lost."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # as it would on stderr, line after line
 
 
 def age() -> float:
@@ -101,10 +111,17 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int]], start_word: i
 def leave(status: int) -> NoReturn:
     """End the process whatever its threads are at. One that is inside torch while the interpreter
     shuts down would abort it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     os._exit(status)
 
 
 def tell_start_error(error: BaseException) -> None:
-    print(f"baton: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    say(f"baton: {' '.join(str(error).split())}")
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """On stderr, if no other stream is given, at once. One that is full or closed ends nobody."""
+    with suppress(OSError):
+        print(text, file=stream or sys.stderr, flush=True)

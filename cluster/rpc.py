@@ -10,7 +10,9 @@ Source  gRPC core's keepalive guide; `grpc.http2.ping_timeout_ms` because a stop
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -94,17 +96,37 @@ def new_server() -> grpc.aio.Server:
     return grpc.aio.server(options=SERVER_OPTIONS)
 
 
-def listen(
-    server: grpc.aio.Server, address: str, flag: str, credentials: Credentials | None = None
-) -> int:
-    """Add a port for processes of the other role: its number. Raises StartError naming `flag`."""
+def mutual_tls(credentials: Credentials | None) -> grpc.ServerCredentials | None:
+    """For a port that takes processes of the cluster and nobody else."""
+    if credentials is None:
+        return None
+    pair = (credentials.key, credentials.certificate)
+    return grpc.ssl_server_credentials([pair], credentials.authority, require_client_auth=True)
+
+
+def server_tls(certificate: str, key: str) -> grpc.ServerCredentials | None:
+    """For a port that takes anybody; None if there is no certificate's file. Raises StartError."""
+    if not certificate:
+        return None
     try:
-        if credentials is None:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+        pair = (Path(key).read_bytes(), Path(certificate).read_bytes())
+    except OSError as error:  # what ssl raises is one too
+        reason = error.strerror or error
+        raise StartError(f"--ssl-certfile {certificate}, --ssl-keyfile {key}: {reason}") from None
+    return grpc.ssl_server_credentials([pair])
+
+
+def listen(
+    server: grpc.aio.Server,
+    address: str,
+    flag: str,
+    secure: grpc.ServerCredentials | None = None,
+) -> int:
+    """Add a port: its number. Raises StartError naming `flag`."""
+    try:
+        if secure is None:
             return int(server.add_insecure_port(address))
-        pair = (credentials.key, credentials.certificate)
-        secure = grpc.ssl_server_credentials(
-            [pair], credentials.authority, require_client_auth=True
-        )
         return int(server.add_secure_port(address, secure))
     except RuntimeError:
         raise StartError(f"cannot listen on {address}: choose another {flag}") from None

@@ -130,12 +130,13 @@ class WorkerService:
             await asyncio.sleep(HEARTBEAT_S)
 
     async def join(self, address: str) -> None:
-        """Stay a member of the gateway at `address`, through its restarts.
+        """Stay a member of the gateway at `address`, through its restarts, until we drain: one that
+        has just started could take us for our successor.
 
         Raises HandshakeRefused when we do not fit there.
         """
         told = ""
-        while True:
+        while not self._draining:
             async with rpc.open_channel(address, self._credentials) as channel:
                 call = channel.stream_stream(
                     codec.JOIN,

@@ -52,10 +52,12 @@ class DecodeRoom:
             asyncio.get_running_loop().call_soon_threadsafe,
             config.credit_bytes,
         )
-        self._host = ZmqHost(self._context, receiver)
+        self._host = ZmqHost(self._context, receiver, parts.credentials)
         ipc = CudaIpc.of(parts.cache)
-        self._nears: list[NearHost[Any]] = [SharedMemoryHost(receiver)]
-        if ipc is not None:
+        self._nears: list[NearHost[Any]] = []
+        if config.kv_transport == "auto":
+            self._nears.append(SharedMemoryHost(receiver))
+        if config.kv_transport == "auto" and ipc is not None:
             self._nears.append(CudaIpcHost(receiver, ipc))
         landings = NoLandings if config.role == BOTH else Landings
         if config.role != BOTH:
@@ -72,6 +74,7 @@ class DecodeRoom:
             budget=config.max_num_batched_tokens,
             max_sequences=config.max_num_seqs,
             clock=monotonic,
+            short=lambda: parts.pressure.high,
         )
 
     def attention(self, batch: Batch) -> Attend:

@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(list(argv))
     try:
         conversation = Conversation(options, asyncio.run(_model(options)))
-    except (aiohttp.ClientError, TimeoutError):
-        raise unreachable(options) from None
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise unreachable(options, error) from None
     if options.question:
         return asyncio.run(conversation.ask(" ".join(options.question)))
     return _talk(conversation)

@@ -45,7 +45,12 @@ def session(options: argparse.Namespace) -> AbstractAsyncContextManager[aiohttp.
     )
 
 
-def unreachable(options: argparse.Namespace) -> StartError:
+def unreachable(options: argparse.Namespace, error: Exception) -> StartError:
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return StartError(
+            f"{options.url} shows a certificate that nobody known here has signed for that name: "
+            "SSL_CERT_FILE=ca.pem names who has"
+        )
     return StartError(
         f"nothing answers at {options.url}: start it with `baton serve`, or give --url"
     )

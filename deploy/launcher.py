@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -34,6 +35,8 @@ from deploy.door import Door, check_free
 STOP_S = 4.0
 """From Ctrl-C to the last child's end, by force if need be."""
 
+COMMAND = (sys.executable, "-m", "cluster.cli")
+
 LONGEST_PAUSE_S = 30.0
 MAX_PORT = 65535
 EARLY_DEATH_S = 10.0
@@ -52,10 +55,9 @@ def main(argv: Sequence[str]) -> int:
     config = load(ServeConfig, argv, "baton serve")
     if not config.both and not (config.prefill and config.decode):
         raise StartError("nothing could answer: give --prefill and --decode, or --both")
-    if config.grpc_port + config.gateways - 1 > MAX_PORT:
-        raise StartError(
-            f"--grpc-port {config.grpc_port}: no {config.gateways} ports from there on"
-        )
+    for flag, first in (("--grpc-port", config.grpc_port), ("--join-port", config.join_port)):
+        if first + config.gateways - 1 > MAX_PORT:
+            raise StartError(f"{flag} {first}: no {config.gateways} ports from there on")
     process.die_with_parent(config.die_with)
     process.start_logging(config.log_level)
     return process.run(lambda stopping: Launcher(config).serve(stopping))
@@ -70,10 +72,12 @@ def children(config: ServeConfig, door: Door | None = None) -> list[Child]:
             if name in ServeConfig.__dataclass_fields__ and name not in ("host", "port")
         }
     )
-    grpc_ports = [config.grpc_port + number for number in range(config.gateways)]
+    gateways = [
+        replace(config, grpc_port=config.grpc_port + number, join_port=config.join_port + number)
+        for number in range(config.gateways)
+    ]
     plan = []
-    for number, port in enumerate(grpc_ports):
-        gateway = replace(config, grpc_port=port)
+    for number, gateway in enumerate(gateways):
         if door is not None:
             gateway = replace(gateway, listen=door.sockets(number), sibling=door.addresses)
         name = "gateway" if door is None else f"gateway-{number}"
@@ -85,7 +89,7 @@ def children(config: ServeConfig, door: Door | None = None) -> list[Child]:
                 shared,
                 role=role,
                 name=f"{role}-{index}",
-                join=tuple(f"{config.grpc_host}:{port}" for port in grpc_ports),
+                join=tuple(gateway.join_address for gateway in gateways),
             )
             if role == DECODE and config.decode_block_size:
                 worker = replace(worker, block_size=config.decode_block_size)
@@ -97,9 +101,11 @@ class Launcher:
     """Starts, watches and ends the children."""
 
     def __init__(self, config: ServeConfig) -> None:
+        if config.api_key_file:  # it may hold digests alone: to ask the gateways needs a key
+            config = replace(config, api_key=(*config.api_key, secrets.token_urlsafe(32)))
         self._config = config
         self._running: dict[str, asyncio.subprocess.Process] = {}
-        self._url = f"http://{config.host}:{config.port}"
+        self._url = f"{config.scheme}://{config.host}:{config.port}"
 
     async def serve(self, stopping: asyncio.Event) -> int:
         """The exit status. Raises StartError if anything ends before all is ready.
@@ -110,6 +116,8 @@ class Launcher:
         check_free(config.host, config.port)
         for number in range(config.gateways):
             check_free(config.grpc_host, config.grpc_port + number, "--grpc-port")
+            if config.keys:
+                check_free(config.join_host, config.join_port + number, "--join-port")
         door = Door(config.host, config.port, config.gateways) if config.gateways > 1 else None
         plan = children(config, door)
         word = _start_word()
@@ -118,7 +126,7 @@ class Launcher:
         try:
             for child in plan:
                 await self._start(child, word)
-            asked = [f"http://{own}" for own in door.addresses] if door else [self._url]
+            asked = [f"{config.scheme}://{own}" for own in door.addresses] if door else [self._url]
             up = asyncio.create_task(self._until_ready(asked, len(plan) - config.gateways))
             ends = [asyncio.create_task(self._end_of(child)) for child in plan]
             tasks += [up, *ends]
@@ -150,9 +158,7 @@ class Launcher:
 
     async def _start(self, child: Child, word: int = 0) -> None:
         self._running[child.name] = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "cluster.cli",
+            *COMMAND,
             *child.arguments,
             "--die-with",
             str(os.getpid()),
@@ -167,12 +173,15 @@ class Launcher:
         return child, await self._running[child.name].wait()
 
     async def _keep(self, child: Child, end: asyncio.Task[tuple[Child, int]]) -> int:
-        """Start it again each time it ends. Returns when it was the only gateway."""
+        """Start it again each time it ends. Returns when it was the only gateway.
+
+        Whatever it ended with: what hinders a start now, memory or a port, may be gone later.
+        """
         pause, clock = 1.0, asyncio.get_running_loop().time
         while True:
             started = clock()
             _, status = await end
-            print(f"baton: {child.name} ended with status {status}", file=sys.stderr, flush=True)
+            process.say(f"baton: {child.name} ended with status {status}")
             if child.name == "gateway":
                 return status
             pause = 1.0 if clock() - started > EARLY_DEATH_S else min(2 * pause, LONGEST_PAUSE_S)
@@ -199,7 +208,7 @@ class Launcher:
 
     async def _status(self, client: aiohttp.ClientSession, url: str) -> dict[str, Any]:
         with contextlib.suppress(aiohttp.ClientError):
-            async with client.get(f"{url}/status") as response:
+            async with client.get(f"{url}/status", ssl=False) as response:  # our own child's
                 if response.status == 200:
                     return dict(await response.json())
         return {}
@@ -217,8 +226,11 @@ class Launcher:
         ]
         if config.gateways > 1:
             pools.insert(0, f"{config.gateways} gateways")
-        print(f"Baton is ready: {self._url}  pools: {' + '.join(pools)}  model: {model}")
-        print(f"Ask it: baton chat --url {self._url} 'What is a landing?'", flush=True)
+        process.say(
+            f"Baton is ready: {self._url}  pools: {' + '.join(pools)}  model: {model}\n"
+            f"Ask it: baton chat --url {self._url} 'What is a landing?'",
+            sys.stdout,
+        )
 
 
 async def end_all(children: Iterable[asyncio.subprocess.Process]) -> None:

@@ -43,8 +43,8 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         status = asyncio.run(ask())
-    except (aiohttp.ClientError, TimeoutError):
-        raise unreachable(options) from None
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise unreachable(options, error) from None
     print(json.dumps(status, indent=2) if options.json else table(status))
     return 0 if status["ready"] else 1
 

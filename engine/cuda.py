@@ -76,7 +76,7 @@ class CudaRunner:
         graph_sizes: tuple[int, ...] = GRAPH_SIZES,
     ) -> None:
         self.ahead = ahead
-        self.layers = 0  # begun so far: shows that a long step goes on
+        self.pulse = 0  # layers and graphs launched so far
         self._model = model
         self._device = model.ops.device
         self._width = width
@@ -175,7 +175,7 @@ class CudaRunner:
             graph.inputs[name].copy_(arrived[name])
         graph.inputs["block_table"][:rows, :width].copy_(arrived["block_table"])
         graph.graph.replay()
-        self.layers += self._model.config.layers
+        self.pulse += 1
         return graph.logits[:rows], graph.best[:rows]
 
     def _queue(self, batch: Batch, attention: Attention) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ class CudaRunner:
         """(logits [samples, vocab], the largest entry of each), on the device."""
 
         def counted(layer: int, write: Write) -> Tensor:
-            self.layers += 1
+            self.pulse += 1
             return attend(layer, write)
 
         known = batch.tokens

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from cluster.clock import Clock, monotonic
 from cluster.messages import Load
 from engine.batch import Attention, Batch, Plan
@@ -30,8 +32,16 @@ Outcome = Callable[[], list[Sampled | None]]
 be chosen."""
 
 
+MOST_FAILURES = 3
+"""Steps in a row that may raise. One is its sequences' fault, or a moment's; with nothing computed
+between three of them the next would fail too."""
+
 Tell = Callable[[list[Any], Load], None]
 """Takes a stage's mail and load to the event loop; safe across threads."""
+
+
+class Sick(Exception):
+    """This process computes nothing any more: start another. It is never mended from inside."""
 
 
 class Stop:
@@ -43,6 +53,7 @@ class Inbox:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.taken = 0  # orders so far: shows that a long row of them is worked through
 
     def put(self, order: Any) -> None:
         self._queue.put(order)
@@ -54,9 +65,14 @@ class Inbox:
         up the running answers no longer than one credit's worth of it takes.
         """
         if wait:
-            yield self._queue.get()
+            yield self._next()
         for _ in range(self._queue.qsize()):
-            yield self._queue.get_nowait()
+            yield self._next()
+
+    def _next(self) -> Any:
+        order = self._queue.get()
+        self.taken += 1
+        return order
 
 
 class Stage(Protocol):
@@ -124,9 +140,10 @@ class Steps:
         self._meter = meter
         self._clock = clock
         self._flight: _Flight | None = None
+        self._failures = 0  # since the last step that succeeded
 
     def step(self) -> bool:
-        """One step. False if nothing can run until another order comes."""
+        """One step. False if nothing can run until another order comes. Raises Sick."""
         began = self._clock()
         plan = self._stage.plan()
         if self._flight is not None and not _may_follow(plan):
@@ -165,6 +182,7 @@ class Steps:
         except Exception as error:
             self._fail(flight.plan, error)
             return
+        self._failures = 0
         waited = self._clock() - began
         self._stage.accept(flight.plan, sampled)
         if self._meter is not None:
@@ -174,7 +192,16 @@ class Steps:
             self._meter.step(flight.batch, forward, whole)
 
     def _fail(self, plan: Plan, error: Exception) -> None:
+        """Give up what was in the step, and only that; or this process, if it would go on so.
+
+        The sequences of the last step are told of nothing: losing us, they go on elsewhere.
+        """
         log.error("step failed", exc_info=error, extra={"sequences": len(plan.chunks)})
+        self._failures += 1
+        if isinstance(error, torch.AcceleratorError):
+            raise Sick("the device fails") from error
+        if self._failures == MOST_FAILURES:
+            raise Sick(f"{MOST_FAILURES} steps failed in a row") from error
         self._stage.fail(plan, error)
 
 
@@ -198,7 +225,7 @@ def run(
     tell: Tell,
     meter: Meter | None = None,
 ) -> None:
-    """Take the mail, plan, step, tell. Returns after Stop."""
+    """Take the mail, plan, step, tell. Returns after Stop. Raises Sick."""
     steps = Steps(stage, runner, meter)
     progress, busy = 0, False
     while True:

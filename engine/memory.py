@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
+from cluster import pressure
 from cluster.errors import StartError
 from engine.models.decoder import Decoder
+
+log = logging.getLogger(__name__)
 
 _LIMIT = Path("/sys/fs/cgroup/memory.max")
 _USED = Path("/sys/fs/cgroup/memory.current")
@@ -47,4 +51,17 @@ def check_blocks(blocks: int, block_bytes: int, device: torch.device) -> None:
         raise StartError(
             f"{blocks} KV blocks of {block_bytes} bytes do not fit on {device}, but {fit} do: "
             f"--num-blocks {fit}, or --kv-cache-memory-bytes {fit * block_bytes}"
+        )
+
+
+def warn_of_pressure(size: int, limit: float, device: torch.device) -> None:
+    """Of a KV cache of so many bytes that leaves too little, once it is full, to take anything new:
+    its pages are taken when they are first written."""
+    used = pressure.memory()
+    full = used + (1 - used) * size / max(1, free_bytes(device))
+    if device.type == "cpu" and 0 < limit < full:
+        log.warning(
+            "a full KV cache will hold up new requests: less --kv-cache-memory-bytes, or a higher "
+            "--pressure-limit",
+            extra={"memory": round(full, 3), "limit": limit},
         )

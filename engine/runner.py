@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
 
+import torch
+from torch import nn
+
+from engine import native
 from engine.batch import Attention, Batch
-from engine.layers.attention import Write
 from engine.loop import Outcome
 from engine.models.decoder import Decoder
 from engine.sampler import sample
+from engine.sequence import Sequence
 
 
 class Runner:
@@ -18,7 +22,22 @@ class Runner:
 
     def __init__(self, model: Decoder) -> None:
         self._model = model
-        self.layers = 0  # begun so far: shows that a long step goes on
+        self._beats = 0
+        if model.ops.name != "native":  # whose kernels count for themselves
+            for linear in (*model.linears(), model.head):
+                assert isinstance(linear, nn.Module)
+                linear.register_forward_pre_hook(self._beat)
+
+    @property
+    def pulse(self) -> int:
+        """Moves many times within a step. For any thread.
+
+        With native kernels every few milliseconds, otherwise with each matrix product.
+        """
+        return self._beats + native.tasks_done()
+
+    def _beat(self, *_: object) -> None:
+        self._beats += 1
 
     def warm_up(self, attention: Attention) -> None:
         """Nothing is compiled or captured here."""
@@ -30,15 +49,15 @@ class Runner:
         The outcome has one Sampled for each of `batch.samples`, None where the logits were not
         finite.
         """
-        attend = attention(batch)
-
-        def counted(layer: int, write: Write) -> torch.Tensor:
-            self.layers += 1
-            return attend(layer, write)
-
-        hidden = self._model.forward(batch.tokens, batch.positions, counted)
+        hidden = self._model.forward(batch.tokens, batch.positions, attention(batch))
         if not batch.samples:
             return list
         logits = self._model.logits(hidden[batch.sampled_rows])
-        sampled = sample(logits, batch.samples, self._model.ops)
+        sampled = sample(logits, self._each(batch.samples), self._model.ops)
         return lambda: sampled
+
+    def _each(self, sequences: tuple[Sequence, ...]) -> Iterator[Sequence]:
+        """Them, with a beat for each: choosing for hundreds from a large vocabulary takes time."""
+        for sequence in sequences:
+            self._beat()
+            yield sequence

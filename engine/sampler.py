@@ -11,7 +11,7 @@ Source  Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Rows
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -75,7 +75,7 @@ class Plainly:
 
 
 def sample(
-    logits: torch.Tensor, sequences: Rows[Sequence], choose: Choose | None = None
+    logits: torch.Tensor, sequences: Iterable[Sequence], choose: Choose | None = None
 ) -> list[Sampled | None]:
     """Choose one token for each row of `logits` [rows, vocab] float32, which may be overwritten.
 

@@ -9,26 +9,26 @@ import asyncio
 import concurrent.futures
 import logging
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
 from cluster import metrics, process, rpc
 from cluster.config import WorkerConfig, model_directory
+from cluster.credentials import WORKER, Credentials, credentials_for
 from cluster.errors import HandshakeRefused, StartError
 from cluster.ids import new_incarnation
 from cluster.messages import PREFILL, Event, Fingerprint, Hello, KVLayout, LayerGroup, Load, Peer
 from cluster.model import ModelConfig, config_digest
+from cluster.pressure import Pressure
 from cluster.wire import codec
 from cluster.worker import WorkerService
-from engine import loop, native
+from engine import loop, native, watchdog
 from engine.allocator import Allocator
 from engine.backend import find_device
 from engine.batch import Batch
@@ -36,7 +36,7 @@ from engine.blocks import BlockPool, root_key
 from engine.cache import KVCache
 from engine.effort import Costs, Effort, Peak, measure_peak
 from engine.layers.attention import Attend
-from engine.memory import check_blocks
+from engine.memory import check_blocks, warn_of_pressure
 from engine.models.load import LoadedModel, load_model
 from engine.profile import Trace
 from engine.runner import Runner
@@ -63,6 +63,8 @@ class Parts:
     pool: BlockPool
     allocator: Allocator
     inbox: loop.Inbox
+    pressure: Pressure
+    credentials: Credentials | None
 
 
 class Room(Protocol):
@@ -90,7 +92,7 @@ class Room(Protocol):
 async def serve(
     config: WorkerConfig, stopping: asyncio.Event, furnish: Callable[[Parts], Room]
 ) -> int:
-    """One worker until told to stop. Raises StartError.
+    """One worker until told to stop, or until it cannot compute. Raises StartError.
 
     Leaves a thread behind when it is told so while the weights load: end the process with
     `process.leave`.
@@ -100,19 +102,16 @@ async def serve(
     torch.set_num_threads(config.threads)
     native.set_threads(config.threads)
     directory = model_directory(config)
+    credentials = credentials_for(WORKER, config.keys)
     server = rpc.new_server()
-    try:
-        port = server.add_insecure_port(f"{config.host}:{config.port}")
-    except RuntimeError:
-        address = f"{config.host}:{config.port}"
-        raise StartError(f"cannot listen on {address}: choose another --port") from None
+    port = rpc.listen(server, f"{config.host}:{config.port}", "--port", rpc.mutual_tls(credentials))
     engine = await _unless(stopping, _in_thread("load", lambda: _load(config, directory)))
     if engine is None:
         return 0
     times["loaded"] = process.age()
     if engine.model.model.ops.name == "native":
         torch.set_num_threads(1)  # its own threads would spin where ours want to work
-    parts = _parts(config, directory, engine.model)
+    parts = _parts(config, directory, engine.model, credentials)
     room = furnish(parts)
     control_address = f"{config.host}:{port}"
     hello = replace(parts.hello, control_address=control_address, data_address=room.open())
@@ -124,14 +123,23 @@ async def serve(
         yield from room.metrics()
         yield from engine.effort.metrics()
         yield metrics.PEAK_RESIDENT_BYTES, process.peak_resident_bytes()
+        for resource, share in parts.pressure.shares.items():
+            yield metrics.labelled(metrics.WORKER_PRESSURE, resource=resource), share
         for phase, seconds in times.items():
             yield metrics.labelled(metrics.START_SECONDS, phase=phase), seconds
 
-    service = WorkerService(hello, parts.inbox.put, lambda: runner.layers, counted)
+    def pulse() -> int:
+        return parts.inbox.taken + runner.pulse
+
+    service = WorkerService(hello, parts.inbox.put, pulse, counted, credentials)
     server.add_generic_rpc_handlers(
         (
             rpc.stream_handler(
-                codec.SESSION, service.session, codec.decode_order, codec.encode_report
+                codec.SESSION,
+                service.session,
+                codec.decode_order,
+                codec.encode_report,
+                credentials,
             ),
         )
     )
@@ -158,7 +166,10 @@ async def serve(
             room,
             lambda tell: loop.run(stage, steps, parts.inbox, tell, engine.effort),
             parts.inbox,
+            (watchdog.watch(pulse, config.hang_timeout), parts.pressure.watch()),
         )
+    except loop.Sick:
+        return process.EXIT_SICK
     finally:
         service.close()
         await server.stop(grace=0.5)
@@ -173,6 +184,7 @@ async def _live(
     room: Room,
     run: Callable[[loop.Tell], None],
     inbox: loop.Inbox,
+    beside: Iterable[Coroutine[Any, Any, None]] = (),
 ) -> None:
     """Serve, then drain. Raises whatever ends a part of the worker."""
     event_loop = asyncio.get_running_loop()
@@ -188,11 +200,10 @@ async def _live(
                 group.create_task(service.tick(TICK_S)),
                 group.create_task(room.serve()),
                 group.create_task(stay_joined(service, config.join)),
+                *map(group.create_task, beside),
             ]
             await stopping.wait()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(config.shutdown_timeout):
-                    await service.drain()
+            await service.drain(config.shutdown_timeout)
             for part in parts:
                 part.cancel()
     except BaseExceptionGroup as failures:
@@ -212,7 +223,8 @@ async def _watch(steps: asyncio.Future[None]) -> None:
 
 
 async def stay_joined(service: WorkerService, addresses: Sequence[str]) -> None:
-    """Be a member of every gateway that takes us. Raises StartError once all have refused."""
+    """Be a member of every gateway that takes us, until we drain. Raises StartError once all have
+    refused."""
     refusals: list[str] = []
 
     async def join(address: str) -> None:
@@ -228,7 +240,8 @@ async def stay_joined(service: WorkerService, addresses: Sequence[str]) -> None:
     async with asyncio.TaskGroup() as group:
         for address in addresses:
             group.create_task(join(address))
-    raise StartError("; ".join(refusals))
+    if len(refusals) == len(addresses):
+        raise StartError("; ".join(refusals))
 
 
 def _in_thread(name: str, work: Callable[[], Result]) -> asyncio.Future[Result]:
@@ -267,12 +280,16 @@ def _pin(cores: Sequence[int]) -> None:
     os.sched_setaffinity(0, cores)
 
 
-def _parts(config: WorkerConfig, directory: Path, model: LoadedModel) -> Parts:
+def _parts(
+    config: WorkerConfig, directory: Path, model: LoadedModel, credentials: Credentials | None
+) -> Parts:
     shape = model.config
     ops = model.model.ops
     layout = KVLayout(_groups(shape), str(ops.kv_dtype).removeprefix("torch."))
     blocks = config.num_blocks or _blocks_in(config, layout)
     check_blocks(blocks, layout.token_bytes * config.block_size, ops.device)
+    size = blocks * layout.token_bytes * config.block_size
+    warn_of_pressure(size, config.pressure_limit, ops.device)
     name = config.name or f"{config.role}-{os.getpid()}"
     fingerprint = Fingerprint(config_digest(directory), model.weights_digest)
     pool = BlockPool(blocks, config.block_size)
@@ -297,6 +314,8 @@ def _parts(config: WorkerConfig, directory: Path, model: LoadedModel) -> Parts:
             pool, lambda salt: root_key(fingerprint, salt), config.enable_prefix_caching
         ),
         inbox=loop.Inbox(),
+        pressure=Pressure(config.pressure_limit),
+        credentials=credentials,
     )
 
 
@@ -342,6 +361,7 @@ def _load(config: WorkerConfig, directory: Path) -> _Engine:
         load_format=config.load_format,
         seed=config.seed,
         progress=shown,
+        skip_digest=config.skip_digest,
     )
     return _Engine(model, Effort(Costs(model.model), peak))
 
@@ -388,9 +408,7 @@ class _Progress:
         if time.monotonic() < self._next:
             return
         self._next += 1.0
-        print(
+        process.say(
             f"{self._what}: {done / 2**20:.0f} of {total / 2**20:.0f} MiB "
-            f"({100 * done // max(1, total)} %)",
-            file=sys.stderr,
-            flush=True,
+            f"({100 * done // max(1, total)} %)"
         )

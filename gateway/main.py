@@ -5,32 +5,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import gc
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
+import h11
 import uvicorn
 
-from cluster import process, rpc
+from cluster import digests, process, rpc
 from cluster.config import BUILT_IN, GatewayConfig, load, model_directory
-from cluster.errors import HandshakeRefused, StartError
+from cluster.credentials import GATEWAY, Credentials, credentials_for
+from cluster.errors import BadRequest, HandshakeRefused, StartError
 from cluster.messages import Hello, Load
 from cluster.metrics import GatewayMetrics
 from cluster.model import config_digest, load_config
+from cluster.pressure import Pressure
 from cluster.wire import codec
-from gateway import inference
+from gateway import inference, share
 from gateway.app import create_app
 from gateway.ask import Limits
-from gateway.connection import Connection
+from gateway.connection import Connection, Crowd, watch_readers
 from gateway.gateway import Gateway
 from gateway.keys import Keys
 from gateway.pools import Pools, serve_membership
+from gateway.reattach import Kept
 from gateway.scrape import Siblings
 from gateway.sequencer import Sequencer
 from gateway.session import over_grpc
@@ -40,6 +46,9 @@ from gateway.tokens import Tokenizer
 log = logging.getLogger(__name__)
 
 ACTIVE_POLL_S = 0.05
+
+LAST_WORD_S = 1.0
+"""For clients to be told that their answer is cut off. One that does not read is hung up on."""
 
 LAST_GRACE_S = 0.2
 """For members to see that their session has ended, when no answer needs them any more."""
@@ -64,51 +73,90 @@ async def serve(config: GatewayConfig, stopping: asyncio.Event) -> int:
     else:
         listeners = [bind(config.host, config.port)]
     directory = model_directory(config)
-    gateway, pools = build(config, directory)
+    credentials = credentials_for(GATEWAY, config.keys)
+    gateway, pools = build(config, directory, credentials)
     if config.sibling:
         own = "{}:{}".format(*listeners[-1].getsockname()[:2])
-        gateway.siblings = Siblings(config.port, config.sibling, config.sibling.index(own))
+        number = config.sibling.index(own)
+        gateway.siblings = Siblings(config.port, config.sibling, number, config.scheme)
+        share.step_forward(listeners[0])
     server = rpc.new_server()
-    server.add_generic_rpc_handlers((_registry(pools, f"{config.grpc_host}:{config.grpc_port}"),))
+    server.add_generic_rpc_handlers((_registry(pools, config.join_address, credentials),))
     inference.add_to_server(server, gateway)
     address = f"{config.grpc_host}:{config.grpc_port}"
-    try:
-        server.add_insecure_port(address)
-    except RuntimeError:
-        raise StartError(f"cannot listen on {address}: choose another --grpc-port") from None
+    secure = rpc.server_tls(config.ssl_certfile, config.ssl_keyfile)
+    rpc.listen(server, address, "--grpc-port", secure)
+    if credentials is not None:
+        rpc.listen(server, config.join_address, "--join-port", rpc.mutual_tls(credentials))
+    crowd = Crowd(
+        config.max_connections, config.max_connections_per_peer, tell=gateway.metrics.error
+    )
     http = _Uvicorn(
         uvicorn.Config(
             create_app(gateway),
-            http=Connection,
+            http=functools.partial(Connection, crowd=crowd),  # type: ignore[arg-type]
             ws="none",
+            ssl_certfile=config.ssl_certfile or None,
+            ssl_keyfile=config.ssl_keyfile or None,
             proxy_headers=False,
-            h11_max_incomplete_event_size=32 << 10,
+            timeout_keep_alive=int(config.keep_alive_timeout),
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=max(1, int(config.shutdown_timeout)),
+            timeout_graceful_shutdown=1,  # nothing runs any more by then
         )
     )
     gateway.text.start()
+    with contextlib.suppress(BadRequest):  # so that no chat has to wait for the template's process
+        await gateway.text.run(gateway.tokenizer.render, [{"role": "user", "content": ""}])
     await server.start()
     watch = asyncio.create_task(pools.watch())
+    following = asyncio.create_task(gateway.keys.follow())
+    relieving = asyncio.create_task(
+        gateway.pressure.watch(lambda: _hang_up_idle(http.server_state.connections))
+    )
+    reading = asyncio.create_task(watch_readers(http.connections, config.write_timeout))
     serving = asyncio.create_task(http.serve(sockets=listeners))
     stop = asyncio.create_task(stopping.wait())
     log.info("gateway up", extra={"http": f"{config.host}:{config.port}", "grpc": address})
     await asyncio.wait((serving, stop, watch), return_when=asyncio.FIRST_COMPLETED)
     stop.cancel()
+    if gateway.siblings is not None:
+        share.step_back(listeners[0], gateway.siblings.own, len(gateway.siblings.addresses))
+    await _drain(gateway, config.shutdown_timeout)
+    http.hang_up()
     http.should_exit = True
-    stopped = asyncio.create_task(server.stop(config.shutdown_timeout))  # takes no new call
     await asyncio.wait((serving,))
-    while gateway.active and not stopped.done():
-        # Not until the server has stopped: members and health watchers have calls without an end.
-        await asyncio.sleep(ACTIVE_POLL_S)
     watch.cancel()
+    following.cancel()
+    reading.cancel()
+    relieving.cancel()
+    await gateway.kept.close()
     await pools.close()
-    await asyncio.gather(server.stop(LAST_GRACE_S), stopped)
+    await server.stop(LAST_GRACE_S)
     gateway.text.stop()
     return await _verdict(serving, watch)
+
+
+async def _drain(gateway: Gateway, seconds: float) -> None:
+    """Refuse new calls, let those that run come to their end, and tell it those that do not."""
+    gateway.calls.drain()
+    gateway.pools.drain()
+    if not await _idle(gateway, seconds):
+        gateway.calls.cut()
+        await _idle(gateway, LAST_WORD_S)
+
+
+async def _idle(gateway: Gateway, seconds: float) -> bool:
+    """Whether no call is being answered, soon or within so many seconds."""
+    now = asyncio.get_running_loop().time
+    give_up = now() + seconds
+    while gateway.active or gateway.kept.running:
+        if now() >= give_up:
+            return False
+        await asyncio.sleep(ACTIVE_POLL_S)
+    return True
 
 
 async def _verdict(*parts: asyncio.Task[None]) -> int:
@@ -120,8 +168,11 @@ async def _verdict(*parts: asyncio.Task[None]) -> int:
     return status
 
 
-def build(config: GatewayConfig, directory: Path) -> tuple[Gateway, Pools]:
+def build(
+    config: GatewayConfig, directory: Path, credentials: Credentials | None = None
+) -> tuple[Gateway, Pools]:
     """Everything but the servers. Raises BadModel."""
+    digests.verify(directory, weights=False, skip=config.skip_digest)
     model = load_config(directory)
     tokenizer = Tokenizer.from_dir(directory)
     own_name = "baton-tiny" if directory == BUILT_IN else directory.resolve().name
@@ -129,14 +180,20 @@ def build(config: GatewayConfig, directory: Path) -> tuple[Gateway, Pools]:
     longest = config.max_model_len or model.max_model_len
     if longest > model.max_model_len:
         raise StartError(f"--max-model-len {longest}: the model ends at {model.max_model_len}")
-    pools = Pools(names[0], config_digest(directory), over_grpc)
+    call = functools.partial(over_grpc, credentials=credentials)
+    pools = Pools(names[0], config_digest(directory), call)
     metrics = GatewayMetrics(names[0], longest, pools.views)
     sequencer = Sequencer(
         pools,
         handed=metrics.handoff,
+        recovered=lambda loss: metrics.recovery(loss.phase, loss.cause, loss.seconds),
+        fell_back=metrics.fallback,
         max_waiting=config.max_waiting,
+        max_queue_delay=config.max_queue_delay,
         queue_timeout=config.queue_timeout,
+        no_worker_timeout=config.no_worker_timeout,
     )
+    metrics.queue(lambda: sequencer.waiting, lambda: sequencer.held_back, sequencer.delay)
     stated = dataclasses.asdict(model.generation)
     defaults = {name: value for name, value in stated.items() if value is not None}
     gateway = Gateway(
@@ -152,12 +209,15 @@ def build(config: GatewayConfig, directory: Path) -> tuple[Gateway, Pools]:
         text=TextPool(tokenizer),
         sequencer=sequencer,
         pools=pools,
-        keys=Keys(config.api_key),
+        keys=Keys(config.api_key, Path(config.api_key_file) if config.api_key_file else None),
         metrics=metrics,
         defaults=defaults,
         version=_version(),
         created=int(time.time()),
         request_timeout_s=config.request_timeout,
+        write_timeout_s=config.write_timeout,
+        kept=Kept(config.reattach_timeout),
+        pressure=Pressure(config.pressure_limit, metrics.pressure),
     )
     return gateway, pools
 
@@ -172,7 +232,7 @@ def bind(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def _registry(pools: Pools, name: str) -> grpc.GenericRpcHandler:
+def _registry(pools: Pools, name: str, credentials: Credentials | None) -> grpc.GenericRpcHandler:
     async def join(
         messages: AsyncIterator[Hello | Load], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[str]:
@@ -184,7 +244,9 @@ def _registry(pools: Pools, name: str) -> grpc.GenericRpcHandler:
             log.warning("worker refused", extra={"reason": error.message})
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
 
-    return rpc.stream_handler(codec.JOIN, join, codec.decode_membership, codec.encode_welcome)
+    return rpc.stream_handler(
+        codec.JOIN, join, codec.decode_membership, codec.encode_welcome, credentials
+    )
 
 
 def _version() -> str:
@@ -194,8 +256,26 @@ def _version() -> str:
         return "0+source"
 
 
+def _hang_up_idle(connections: Iterable[Any]) -> None:
+    """Ask for no more requests on any, which ends those without one at once."""
+    for connection in list(connections):
+        with contextlib.suppress(h11.LocalProtocolError):  # it is ending already
+            connection.shutdown()
+
+
 class _Uvicorn(uvicorn.Server):
     """uvicorn without its own signal handlers: this process has one place for signals."""
+
+    @property
+    def connections(self) -> set[Connection]:
+        """Those that are open now; the set itself, not a copy."""
+        return cast("set[Connection]", self.server_state.connections)
+
+    def hang_up(self) -> None:
+        """On whoever still has not read his answer."""
+        for connection in list(self.connections):
+            if connection.cycle is not None and not connection.cycle.response_complete:
+                connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

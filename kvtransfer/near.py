@@ -87,9 +87,9 @@ class NearWire(ABC):
         self, received: Callable[[list[Buffer]], None], lost: Callable[[str], None]
     ) -> None:
         loop = asyncio.get_running_loop()
-        self._ready = loop.create_future()
         try:
             self._connect()
+            self._ready = loop.create_future()  # not before: it would fail without anybody waiting
             timer = loop.call_later(READY_S, self._end, "the peer is silent")
             try:
                 await self._ready

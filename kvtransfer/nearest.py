@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import zmq
 
+from cluster.credentials import Credentials
 from cluster.errors import WorkerLost
 from cluster.messages import Hello, Peer
 from engine.staging import Room
@@ -70,11 +71,15 @@ def link_to(
     peer: Peer,
     answer_timeout: float = ANSWER_TIMEOUT_S,
     ipc: CudaIpc | None = None,
+    credentials: Credentials | None = None,
+    transport: str = "auto",
 ) -> FramedLink:
     """A Link, not yet open, from the worker that `hello` describes to `peer`, whose ROUTER is at
-    `address`. `ipc` is for a worker whose KV is on a GPU."""
+    `address`. `ipc` is for a worker whose KV is on a GPU, `transport` is --kv-transport."""
     nears: list[NearWire] = [SharedMemoryWire(peer)]
     if ipc is not None:
         nears.insert(0, CudaIpcWire(peer, ipc))
-    wire = Nearest(nears, ZmqWire(context, address))
+    if transport == "zeromq":
+        nears = []
+    wire = Nearest(nears, ZmqWire(context, address, credentials))
     return FramedLink(wire, hello, peer, rooms=wire, answer_timeout=answer_timeout)

@@ -48,8 +48,10 @@ MAX_STRIKES = 10
 """So many bad frames in a row and a route is cut: nothing more from it is even parsed."""
 MAX_UNANSWERED = 1 << 16
 """Frames under way on one link. Credit bounds their bytes, this what an empty one costs."""
+MAX_HELLO_BYTES = 16 << 10
+"""Far more than any Hello needs. What it says is remembered, and is in the answer and the log."""
 MAX_KNOWN = 1024
-"""Links, cut routes and replaced peers that are remembered; the least recent is forgotten."""
+"""Links and cut routes that are remembered; the least recent is forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,6 @@ class Receiver:
         self._digest = digest
         self._links: OrderedDict[bytes, _Inbound] = OrderedDict()
         self._strikes: OrderedDict[bytes, int] = OrderedDict()
-        self._replaced: OrderedDict[Peer, None] = OrderedDict()
 
     def metrics(self) -> Iterator[tuple[str, float]]:
         """For `Load.counters`."""
@@ -115,7 +116,7 @@ class Receiver:
             ("cut", counters["dropped"]),
         ):
             yield metrics.labelled(metrics.BAD_FRAMES, reason=reason), frames
-        for reason in ("refused", "evicted", "overdrawn"):
+        for reason in ("refused", "evicted", "overdrawn", "keyless", "other_user"):
             yield metrics.labelled(metrics.LINKS_ENDED, reason=reason), counters[reason]
 
     def take(self, route: bytes, parts: list[Buffer]) -> None:
@@ -153,13 +154,13 @@ class Receiver:
     def _greet(self, route: bytes, frame: Frame) -> None:
         assert isinstance(frame.fields, Greeting)
         try:
+            if len(frame.body) > MAX_HELLO_BYTES:
+                raise ValueError("no hello is that long")
             theirs = decode_hello(bytes(frame.body))
         except ValueError:
             self._strike(route)
             return
         reason = mismatch(self.hello, theirs, frame.fields.incarnation)
-        if reason is None and theirs.peer in self._replaced:
-            reason = f"incarnation {theirs.peer.incarnation} was replaced by a newer one"
         if reason is not None:
             self.counters["refused"] += 1
             log.warning("link refused: %s", reason, extra={"peer": theirs.peer.name})
@@ -171,12 +172,14 @@ class Receiver:
         self.send(route, encode(frame.serial, Welcome(self._credit), encode_hello(self.hello)))
 
     def _evict(self, peer: Peer) -> None:
-        """End every other link of this name: one worker has one link, of its newest start."""
+        """End every other link of this name: the last greeting has the link.
+
+        Which of two starts is the newer one, only gateways know, so nobody is refused for good. An
+        old one that comes back gets no new handoffs, and landings reject what it has left.
+        """
         for route, link in list(self._links.items()):
             if link.peer.name == peer.name:
                 self.counters["evicted"] += 1
-                if link.peer != peer:
-                    _remember(self._replaced, link.peer, None)
                 self._cut(route, f"replaced by incarnation {peer.incarnation}")
 
     def _admit(self, route: bytes, frame: Frame) -> None:

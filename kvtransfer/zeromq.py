@@ -4,12 +4,16 @@ What ZeroMQ's defaults lack is set here (each measured): a ROUTER silently drops
 route (ROUTER_MANDATORY), a DEALER queues for a peer that is not there (IMMEDIATE), a message of any
 size is accepted (MAXMSGSIZE), a stopped peer goes unnoticed (heartbeats), the high-water mark
 counts messages and not bytes (credit bounds the bytes, so it is lifted where it would block).
+
+With Credentials everything is encrypted and both sides prove who they are (curve.py); without, KV
+stays on loopback, open to this machine's users.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
@@ -18,14 +22,21 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from cluster import metrics
+from cluster.credentials import Credentials
 from cluster.errors import StartError, WorkerLost
 from engine.staging import DeviceBody
+from kvtransfer import curve
 from kvtransfer.frames import MAX_BODY, Buffer
 from kvtransfer.receiver import Receiver
 
+log = logging.getLogger(__name__)
+
 HEARTBEAT_MS = 200
-SILENCE_MS = 600
-"""A peer that answers no heartbeat for so long is gone: it died, was stopped, or is cut off."""
+SILENCE_MS = 1000
+"""A peer that answers no heartbeat for so long is gone: it died, was stopped, or is cut off. Less,
+and busy cores alone, or a stop of half a second, would end links."""
+HANDSHAKE_MS = 2000
+"""For a connection to prove what it is. One that only lies there costs a descriptor so long."""
 BURST = 64
 """Messages taken in one go before the event loop may do something else."""
 UNREAD = 32
@@ -33,13 +44,12 @@ UNREAD = 32
 ANSWERS = 1 << 16
 """Answers that wait in ZeroMQ for one sender; one that lets more pile up is not reading them."""
 
-_GONE = (
-    zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_CLOSED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_REFUSED = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
+_GONE = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | _REFUSED
 
 
 class _Port:
@@ -81,9 +91,15 @@ class _Port:
 class ZmqWire:
     """A Wire to the ROUTER at `address`. Never reconnects: a lost link is replaced by a new one."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        credentials: Credentials | None = None,
+    ) -> None:
         self._context = context
         self._address = address
+        self._credentials = credentials
         self._port: _Port | None = None
         self._monitor: _Port | None = None
         self._connected: asyncio.Future[None] | None = None
@@ -99,6 +115,8 @@ class ZmqWire:
         socket.set(zmq.SNDHWM, 0)
         socket.set(zmq.MAXMSGSIZE, MAX_BODY)
         socket.set(zmq.RECONNECT_IVL, -1)
+        if self._credentials is not None:
+            curve.present(socket, self._credentials)
         _watch(socket)
         monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | _GONE)
         self._monitor = _Port(monitor, self._happened)
@@ -126,35 +144,54 @@ class ZmqWire:
 
     def _happened(self, parts: list[Buffer]) -> None:
         event = parse_monitor_message([bytes(part) for part in parts])["event"]
-        if event & _GONE:
+        opening = self._connected is not None and not self._connected.done()
+        if event & _REFUSED or (event & _GONE and opening and self._credentials is not None):
+            self._lost("no handshake: compare --keys of both workers")
+        elif event & _GONE:
             self._lost("connection lost")
-        elif self._connected is not None and not self._connected.done():
+        elif self._connected is not None and opening:
             self._connected.set_result(None)
 
 
 class ZmqHost:
-    """Where senders connect: binds, then feeds a Receiver until closed."""
+    """Where senders connect: binds, then feeds a Receiver until closed.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], receiver: Receiver) -> None:
+    With credentials it has the context's Doorkeeper, so there can be one host a context.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        receiver: Receiver,
+        credentials: Credentials | None = None,
+    ) -> None:
         self.address = ""
         self.counters: Counter[str] = Counter()
         self._context = context
         self._receiver = receiver
+        self._credentials = credentials
         self._port: _Port | None = None
+        self._guards: list[_Port] = []
 
     def start(self, bind: str = "tcp://127.0.0.1:*") -> None:
         """Afterwards `address` is where it really listens. Raises StartError."""
-        _check_loopback(bind)
+        curve.check_library(self._credentials)
+        if self._credentials is None:
+            _check_loopback(bind)
         socket = self._context.socket(zmq.ROUTER)
         socket.set(zmq.LINGER, 0)
         socket.set(zmq.ROUTER_MANDATORY, 1)
         socket.set(zmq.RCVHWM, UNREAD)
         socket.set(zmq.SNDHWM, ANSWERS)
         socket.set(zmq.MAXMSGSIZE, MAX_BODY)
+        socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         _watch(socket)
+        if self._credentials is not None:
+            self._guard(socket, self._credentials)
         try:
             socket.bind(bind)
         except zmq.ZMQError as error:
+            self.close()
             socket.close()
             raise StartError(f"cannot listen for KV on {bind}: {error}") from error
         self.address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -162,8 +199,24 @@ class ZmqHost:
         self._port = _Port(socket, self._take)
 
     def close(self) -> None:
-        if self._port is not None:
-            self._port.close()
+        for port in (self._port, *self._guards):
+            if port is not None:
+                port.close()
+
+    def _guard(self, socket: zmq.Socket[bytes], credentials: Credentials) -> None:
+        """Before anything can connect: whoever does is asked for a key, and counted without one."""
+        doorkeeper = curve.Doorkeeper(credentials)
+        questions = self._context.socket(zmq.REP)
+        questions.set(zmq.LINGER, 0)
+        questions.bind(curve.ZAP)
+        answers = _Port(questions, lambda parts: answers.send(*doorkeeper.answer(parts)))
+        self._guards = [answers, _Port(socket.get_monitor_socket(_REFUSED), self._refused)]
+        curve.demand(socket, credentials)
+
+    def _refused(self, parts: list[Buffer]) -> None:
+        self._receiver.counters["keyless"] += 1
+        if self._receiver.counters["keyless"] == 1:  # a stranger may come back at any rate
+            log.warning("sender refused: no key of ours; later ones are only counted")
 
     def metrics(self) -> Iterator[tuple[str, float]]:
         """For `Load.counters`: the receiver's, and what only the socket knows."""
@@ -196,4 +249,7 @@ def _check_loopback(bind: str) -> None:
     with contextlib.suppress(ValueError):
         if host == "localhost" or ip_address(host).is_loopback:
             return
-    raise StartError(f"the data plane may only listen on a loopback address, not on {bind}")
+    raise StartError(
+        f"without --keys the data plane may only listen on a loopback address, not on {bind}: "
+        "`baton keys cluster` makes them"
+    )

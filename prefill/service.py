@@ -17,6 +17,7 @@ from engine.batch import Batch
 from engine.layers.attention import Attend
 from engine.worker import Parts
 from kvtransfer.cuda_ipc import CudaIpc
+from kvtransfer.curve import check_library
 from kvtransfer.link import Link
 from kvtransfer.nearest import link_to
 from kvtransfer.sender import Announcement, Carried, Handoff, Sender
@@ -50,9 +51,10 @@ class Across:
 
 
 class PrefillRoom:
-    """Made on the event loop."""
+    """Made on the event loop. Raises StartError."""
 
     def __init__(self, parts: Parts) -> None:
+        check_library(parts.credentials)
         self._parts = parts
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._ipc = CudaIpc.of(parts.cache)
@@ -95,6 +97,8 @@ class PrefillRoom:
             landing.peer,
             landing.lease_s,
             self._ipc,
+            self._parts.credentials,
+            self._parts.config.kv_transport,
         )
 
     def _released(self, handoff: Handoff, error: BatonError | None, carried: Carried) -> None:

@@ -10,6 +10,7 @@ from typing import Final
 
 import torch
 
+from cluster import digests
 from cluster.errors import BadModel, StartError
 from cluster.model import DTYPES, ModelConfig, load_config
 from engine.backend import choose_ops, find_device
@@ -48,8 +49,11 @@ def load_model(
     load_format: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
+    skip_digest: bool = False,
 ) -> LoadedModel:
     """Load a Hugging Face directory; `load_format="dummy"` needs its config.json alone.
+
+    Files that are not those of its digests.json are refused, if it has one (cluster/digests.py).
 
     dtype "auto" is float32 on the CPU, where half precision is emulated and slower, and the
     checkpoint's own elsewhere. Raises BadModel for the directory, StartError for the rest.
@@ -59,6 +63,7 @@ def load_model(
     if dtype not in ("auto", *DTYPES):
         raise StartError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     place = find_device(device)
+    digests.verify(directory, weights=load_format == "auto", skip=skip_digest)
     config = load_config(directory)
     report = progress or (lambda done, total: None)
     checkpoint = None

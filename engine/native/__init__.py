@@ -11,7 +11,17 @@ import importlib
 from types import SimpleNamespace
 from typing import Any, Final
 
-__all__ = ["available", "isa", "isas", "kernels", "set_threads", "threads", "use", "why_not"]
+__all__ = [
+    "available",
+    "isa",
+    "isas",
+    "kernels",
+    "set_threads",
+    "tasks_done",
+    "threads",
+    "use",
+    "why_not",
+]
 
 kernels: Final[Any] = SimpleNamespace()
 """The kernels in use. Read a kernel from here at each call: `use` replaces them."""
@@ -70,6 +80,11 @@ def set_threads(threads: int) -> None:
 
 def threads() -> int:
     return _threads
+
+
+def tasks_done() -> int:
+    """Grows every few milliseconds while kernels run, however long one takes."""
+    return int(kernels.tasks_done()) if _modules else 0
 
 
 def _find() -> str:

@@ -8,6 +8,9 @@ const module::Entry* module::Entry::first = nullptr;
 static void set_threads(int64_t threads) { pool::set_threads(static_cast<int>(threads)); }
 KERNEL(set_threads);
 
+static int64_t tasks_done() { return pool::done.load(std::memory_order_relaxed); }
+KERNEL(tasks_done);
+
 #define TEXT_(name) #name
 #define TEXT(name) TEXT_(name)
 #define INIT_(name) PyInit_##name

@@ -131,6 +131,8 @@ struct Scratch {
 
 }  // namespace
 
+alignas(64) std::atomic<int64_t> done{0};
+
 void set_threads(int threads) {
     const std::lock_guard<std::mutex> lock(current->turn);
     const int wanted = threads < 1 ? 1 : threads;

@@ -8,6 +8,7 @@
 // A task must not start another parallel_for; an exception in it ends the process.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -23,16 +24,26 @@ int threads();
 // again. Throws bad_alloc.
 void* scratch(size_t bytes);
 
+// Tasks done by all parallel_for until now. It moves while the longest kernel goes on.
+extern std::atomic<int64_t> done;
+
 using Task = void (*)(const void* body, int64_t i);
 void run(int64_t tasks, Task task, const void* body);
 
 template <typename Body>
 void parallel_for(int64_t tasks, const Body& body) {
     if (tasks <= 1 || threads() == 1) {
-        for (int64_t i = 0; i < tasks; i++) body(i);
+        for (int64_t i = 0; i < tasks; i++) {
+            body(i);
+            done.fetch_add(1, std::memory_order_relaxed);
+        }
         return;
     }
-    run(tasks, [](const void* each, int64_t i) noexcept { (*static_cast<const Body*>(each))(i); }, &body);
+    const Task task = [](const void* each, int64_t i) noexcept {
+        (*static_cast<const Body*>(each))(i);
+        done.fetch_add(1, std::memory_order_relaxed);
+    };
+    run(tasks, task, &body);
 }
 
 }  // namespace pool

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cluster import digests
 from engine.tiny import TINY_DIR, Knowledge, knowledge, questions
 from engine.tiny import tokenizer as lexicon
 from engine.tiny.corpus import Lesson, epoch
@@ -162,6 +163,7 @@ def _finish(
         "smallest_gap": round(recital.smallest_gap, 3),
     }
     _write_json(out / "training.json", record)
+    digests.write(out)
     _log.info("%s", record)
     for question in recital.wrong[:20]:
         _log.info("not word for word: %s", question)

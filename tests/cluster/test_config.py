@@ -158,22 +158,12 @@ def test_keys_are_handed_to_children_in_the_environment(monkeypatch: pytest.Monk
     assert load(GatewayConfig, [], "baton gateway").api_key == ()
 
 
-def test_keys_from_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "keys"
-    file.write_text("a\n\n  b\r\n")
-    config = load(GatewayConfig, ["--api-key", "c", "--api-key-file", str(file)], "baton gateway")
-    assert config.api_key == ("c", "a", "b")
-    assert flags(config, GatewayConfig) == []
-
-
-@pytest.mark.parametrize("text", [None, "", "\n\n", "a b", "schlüssel"])
-def test_a_key_file_that_holds_no_keys_is_refused(tmp_path: Path, text: str | None) -> None:
-    """Above all it must not leave the gateway open to everybody."""
-    file = tmp_path / "keys"
-    if text is not None:
-        file.write_text(text, encoding="utf-8")
-    with pytest.raises(StartError, match=r"--api-key-file .*keys"):
-        load(GatewayConfig, ["--api-key-file", str(file)], "baton gateway")
+def test_a_key_file_is_handed_on_by_name_beside_other_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway reads it, again and again."""
+    monkeypatch.setenv(API_KEYS, "c")
+    config = load(GatewayConfig, ["--api-key-file", "keys", "--host", "0.0.0.0"], "baton gateway")
+    assert (config.api_key, config.api_key_file) == (("c",), "keys")
+    assert "--api-key-file=keys" in flags(config, GatewayConfig)
 
 
 @pytest.mark.parametrize("text", ["api-key: 31415", "api-key: s e c 31415", "api-key: ''"])
@@ -199,4 +189,46 @@ def test_http_off_loopback_needs_a_key(
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
 def test_loopback_needs_none(host: str) -> None:
-    load(GatewayConfig, ["--host", host, "--grpc-host", host], "baton")
+    load(GatewayConfig, ["--host", host, "--grpc-host", host, "--join-host", host], "baton")
+    load(WorkerConfig, ["--host", host], "baton worker")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org"])
+@pytest.mark.parametrize(
+    ("kind", "flag"),
+    [(GatewayConfig, "--join-host"), (GatewayConfig, "--grpc-host"), (WorkerConfig, "--host")],
+)
+def test_internal_planes_leave_the_machine_only_with_keys(
+    kind: type[Common], flag: str, host: str
+) -> None:
+    argv = [flag, host] if kind is WorkerConfig else [flag, host, "--api-key", "k"]
+    with pytest.raises(StartError, match=f"^{flag}: '{host}' .*baton keys cluster"):
+        load(kind, argv, "baton")
+    if kind is WorkerConfig and host in ("0.0.0.0", "::"):
+        with pytest.raises(StartError, match="no address that others could reach"):
+            load(kind, [*argv, "--keys", "k"], "baton")
+    else:
+        load(kind, [*argv, "--keys", "k"], "baton")
+
+
+def test_public_grpc_off_loopback_needs_an_api_key_too() -> None:
+    with pytest.raises(StartError, match=r"--grpc-host 10\.1\.2\.3 without --api-key"):
+        load(GatewayConfig, ["--grpc-host", "10.1.2.3", "--keys", "k"], "baton")
+
+
+def test_serve_keeps_its_workers_and_their_door_at_home() -> None:
+    with pytest.raises(StartError, match="start `baton gateway` and `baton worker`"):
+        load(ServeConfig, ["--keys", "k", "--join-host", "10.1.2.3"], "baton serve")
+
+
+def test_a_certificate_comes_with_its_key() -> None:
+    for flag in ("--ssl-certfile", "--ssl-keyfile"):
+        with pytest.raises(StartError, match="one is of no use without the other"):
+            load(GatewayConfig, [flag, "file"], "baton gateway")
+    config = load(GatewayConfig, ["--ssl-certfile", "c", "--ssl-keyfile", "k"], "baton gateway")
+    assert (config.scheme, GatewayConfig().scheme) == ("https", "http")
+
+
+def test_with_keys_workers_have_a_port_of_their_own() -> None:
+    assert GatewayConfig(grpc_port=7).join_address == "127.0.0.1:7"
+    assert GatewayConfig(grpc_port=7, keys="k").join_address == "127.0.0.1:9001"

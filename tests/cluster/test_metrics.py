@@ -88,6 +88,16 @@ def test_workers_gauges_come_from_their_latest_load() -> None:
     assert sum(states) == 2 * 10
 
 
+def test_who_waits_at_the_gateway_waits_too() -> None:
+    gateway = with_workers(view("d0", "decode"))
+    gateway.queue(lambda: 9, lambda: 5, lambda: 2.5)
+    samples = page(gateway)
+    held_back = (("role", "gateway"), ("worker", ""))
+    assert samples["vllm:num_requests_waiting", held_back] == 5
+    assert samples["baton_requests_waiting", ()] == 9
+    assert samples["baton_queue_delay_seconds", ()] == 2.5
+
+
 def test_workers_counters_keep_their_own_label() -> None:
     counters = [
         (metrics.PREEMPTIONS, 5.0),

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from cluster.config import GatewayConfig, ServeConfig, WorkerConfig, load
 from cluster.errors import StartError
-from cluster.process import EXIT_START
+from cluster.process import EXIT_SICK, EXIT_START
+from deploy.door import Door
 from deploy.launcher import Child, Launcher, children, end_all, main
+from tests import virtual
 
 
 def started(*argv: str) -> dict[str, list[str]]:
@@ -28,6 +31,22 @@ def test_every_child_gets_what_concerns_it() -> None:
     assert (worker.model, worker.role, worker.block_size) == ("m", "prefill", 32)
     assert worker.join == ("127.0.0.1:10",)
     assert worker.port == 0  # the gateway's port is not the workers'
+
+
+def test_with_keys_workers_join_where_gateways_ask_for_them() -> None:
+    argv = ["--keys", "k", "--gateways", "2", "--grpc-port", "10", "--join-port", "20"]
+    with closing(Door("127.0.0.1", 0, 2)) as door:
+        planned = children(load(ServeConfig, argv, "baton serve"), door)
+    plan = {child.name: child.arguments for child in planned}
+    gateways = [
+        load(GatewayConfig, plan[f"gateway-{number}"][1:], "baton gateway") for number in range(2)
+    ]
+    assert [(gateway.keys, gateway.grpc_port, gateway.join_port) for gateway in gateways] == [
+        ("k", 10, 20),
+        ("k", 11, 21),
+    ]
+    worker = load(WorkerConfig, plan["decode-0"][1:], "baton worker")
+    assert (worker.keys, worker.join) == ("k", ("127.0.0.1:20", "127.0.0.1:21"))
 
 
 def test_pools_may_differ_in_block_size() -> None:
@@ -51,6 +70,16 @@ def test_keys_are_given_to_the_gateway_alone_and_on_no_command_line() -> None:
     assert not [word for child in plan for word in child.arguments if "hush" in word]
 
 
+def test_with_a_key_file_it_asks_with_a_key_of_its_own() -> None:
+    """The file may hold nothing but digests."""
+    config = load(ServeConfig, ["--api-key-file", "keys"], "baton serve")
+    keys = [Launcher(config)._config.api_key for _ in range(2)]
+    assert [len(key) for key in keys] == [1, 1]
+    assert keys[0] != keys[1]
+    assert "--api-key-file=keys" in children(config)[0].arguments
+    assert Launcher(ServeConfig())._config.api_key == ()
+
+
 async def test_a_child_finds_its_keys_in_its_environment() -> None:
     launcher = Launcher(ServeConfig())
     await launcher._start(Child("gateway", ["gateway", "--model=nowhere"], ("hush", "hush2")))
@@ -69,3 +98,35 @@ async def test_a_bad_start_is_told_in_one_line(
     assert await Launcher(ServeConfig(model=missing)).serve(asyncio.Event()) == EXIT_START
     [line] = capfd.readouterr().err.splitlines()
     assert line == f"baton: model {missing}: no such directory"
+
+
+class Dying(Launcher):
+    """Whose worker lives for these times, one after the other."""
+
+    def __init__(self, *lifetimes: float) -> None:
+        super().__init__(ServeConfig())
+        self._lifetimes = iter(lifetimes)
+        self.started: list[float] = []
+
+    async def _start(self, child: Child, word: int = 0) -> None:
+        self.started.append(virtual.clock())
+
+    async def _end_of(self, child: Child) -> tuple[Child, int]:
+        await asyncio.sleep(next(self._lifetimes))
+        return child, EXIT_SICK
+
+    async def keep(self) -> None:
+        child = Child("worker", [])
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await self._keep(child, asyncio.create_task(self._end_of(child)))
+
+
+def test_a_worker_that_keeps_dying_waits_longer_each_time_up_to_half_a_minute(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And not at all longer once one start has held."""
+    launcher = Dying(100, *[0.0] * 7, 100, 0.0)
+    virtual.run(launcher.keep())
+    pauses = [100.0 + pause for pause in (1, 3, 7, 15, 31, 61, 91, 121)]
+    assert launcher.started == [*pauses, 322.0, 324.0]
+    assert "baton: worker ended with status 70" in capsys.readouterr().err

@@ -32,14 +32,16 @@ _WORDS_OF_A_CRASH = ('"level": "error"', '"level": "critical"', "Traceback")
 class Process:
     """One started `baton` command; its stderr is in a file."""
 
-    def __init__(self, name: str, command: list[str], directory: Path) -> None:
+    def __init__(
+        self, name: str, command: list[str], directory: Path, module: str = "cluster.cli"
+    ) -> None:
         self.name = name
         self.command = command
         self.output = directory / f"{name}.out"
         self.errors = directory / f"{name}.err"
         with self.output.open("wb") as output, self.errors.open("wb") as errors:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "cluster.cli", *command],
+                [sys.executable, "-m", module, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
@@ -85,6 +87,8 @@ class Cluster:
         self.http_port, self.grpc_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.grpc = f"127.0.0.1:{self.grpc_port}"
+        self.join = self.grpc  # where workers are told to join
+        self.headers: dict[str, str] = {}  # of our own calls, where the gateway asks for a key
 
     def __enter__(self) -> Cluster:
         return self
@@ -115,12 +119,13 @@ class Cluster:
 
     def worker(self, role: str, *flags: str, name: str = "") -> Process:
         name = name or f"{role}-{sum(p.startswith(role) for p in self.processes)}"
-        where = ["--role", role, "--name", name, "--join", self.grpc]
+        where = ["--role", role, "--name", name, "--join", self.join]
         return self._start(name, ["worker", *where, "--threads", "1", *flags])
 
     def _start(self, name: str, command: list[str]) -> Process:
         mortal = ["--die-with", str(os.getpid()), "--log-level", "warning"]
-        process = Process(name, [*command, *self._model, *mortal], self._directory)
+        command = [command[0], *mortal, *command[1:], *self._model]
+        process = Process(name, command, self._directory)
         self.processes[name] = process
         return process
 
@@ -136,7 +141,7 @@ class Cluster:
     def status(self) -> dict[str, Any]:
         """What `baton status --json` shows; {} while nobody answers."""
         try:
-            return dict(client.get(self.url, "/status").body)
+            return dict(client.request(self.url, "GET", "/status", headers=self.headers).body)
         except OSError:
             return {}
 

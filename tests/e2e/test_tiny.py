@@ -10,6 +10,7 @@ import pytest
 from engine.tiny import Conversation, questions
 from tests.e2e.client import DONE, at_once, post, stream
 from tests.e2e.cluster import Cluster, serving
+from tests.e2e.sockets import sockets
 
 CHAT = "/v1/chat/completions"
 KNOWN = questions()
@@ -62,3 +63,11 @@ def test_the_stream_says_the_same(talk: Conversation, cluster: Cluster) -> None:
     assert "".join(delta.get("content", "") for delta in deltas) == talk.turns[-1][1]
     assert deltas[0]["role"] == "assistant"
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_nothing_leaves_the_machine_unasked(cluster: Cluster) -> None:
+    """Loopback by default, on every plane (FAULTS 1, row 2)."""
+    for process in cluster.processes.values():
+        found = sockets(process.pid)
+        assert found, process.name
+        assert not [one for one in found if not one.local.is_loopback], process.name

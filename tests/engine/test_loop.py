@@ -103,6 +103,14 @@ def test_the_inbox_gives_all_there_is_in_order() -> None:
     assert list(inbox.take(wait=True)) == [0, 1, 2]
 
 
+def test_each_order_counts_before_the_next_is_taken() -> None:
+    """The step loop moves within the longest row of them."""
+    inbox = loop.Inbox()
+    for number in range(3):
+        inbox.put(number)
+    assert [inbox.taken for _ in inbox.take(wait=True)] == [1, 2, 3]
+
+
 def test_it_steps_while_there_is_work_and_waits_for_orders_else() -> None:
     stage, inbox = Stage(), loop.Inbox()
     told: list[tuple[list[Any], int]] = []
@@ -231,6 +239,64 @@ def test_a_step_that_breaks_under_way_ends_its_sequences_and_no_more() -> None:
     assert failed == [("fail", "the device is on fire")]
     assert stage.sequences[0].ended
     assert [entry[:2] for entry in runner.log][-1] == ("outcome", 2)  # it was under way already
+
+
+class FailingRunner:
+    """Raises what it is told to, step by step; None succeeds."""
+
+    ahead = False
+
+    def __init__(self, *errors: Exception | None) -> None:
+        self._errors = iter(errors)
+
+    def launch(self, batch: Batch, attention: Attention) -> loop.Outcome:
+        error = next(self._errors)
+        if error is not None:
+            raise error
+        return lambda: [Sampled(5)]
+
+
+def test_a_device_that_fails_is_not_tried_again() -> None:
+    """Nor is a sequence failed for it: it goes on elsewhere."""
+    stage = Stage()
+    stage.left = 2
+    steps = loop.Steps(stage, FailingRunner(torch.AcceleratorError("an illegal access")))
+    with pytest.raises(loop.Sick, match="device"):
+        steps.step()
+    assert stage.calls == ["make_room", "batch"]
+
+
+def test_a_device_that_fails_under_way_is_not_tried_again() -> None:
+    class Lost(AheadRunner):
+        def launch(self, batch: Batch, attention: Attention) -> loop.Outcome:
+            super().launch(batch, attention)
+
+            def outcome() -> list[Sampled | None]:
+                raise torch.AcceleratorError("it fell off the bus")
+
+            return outcome
+
+    stage = AheadStage(9)
+    steps = loop.Steps(stage, Lost())
+    assert steps.step()
+    with pytest.raises(loop.Sick):
+        steps.step()
+    assert not stage.sequences[0].ended
+
+
+def test_it_is_sick_when_nothing_succeeds_between_failures() -> None:
+    bad, out_of_memory = ValueError("bad"), torch.OutOfMemoryError("full")
+    stage = Stage()
+    stage.left = 9
+    steps = loop.Steps(stage, FailingRunner(bad, out_of_memory, None, bad, out_of_memory, bad))
+    for _ in range(5):
+        assert steps.step()
+    assert [call for call in stage.calls if call[0] == "fail"] == [
+        ("fail", "bad"),
+        ("fail", "full"),
+    ] * 2
+    with pytest.raises(loop.Sick, match="3 steps failed in a row"):
+        steps.step()
 
 
 def test_a_meter_is_told_of_each_step() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster import pressure
 from cluster.errors import StartError
 from engine import memory
 from engine.models.decoder import Decoder
@@ -47,3 +48,17 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     monkeypatch.setattr(memory, "free_bytes", lambda device: model.bytes - 1)
     with pytest.raises(StartError, match=r"GB of weights do not fit on cpu, .*--quantization int8"):
         memory.check_weights(model)
+
+
+def test_a_kv_cache_that_would_hold_up_new_requests_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half of all is used: 3,500 of the 5,000 bytes left bring that to 85 %."""
+    monkeypatch.setattr(pressure, "memory", lambda: 0.5)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 5000)
+    memory.warn_of_pressure(3400, 0.85, CPU)
+    memory.warn_of_pressure(5000, 0, CPU)
+    assert not caplog.records
+    memory.warn_of_pressure(3600, 0.85, CPU)
+    [record] = caplog.records
+    assert vars(record)["memory"] == 0.86

@@ -42,6 +42,15 @@ def prefill_hello(**changes: object) -> Hello:
     return replace(hello(PREFILL_PEER), role="prefill", **changes)  # type: ignore[arg-type]
 
 
+class Shown:
+    """What the kernel would say of process 99 of some user's, in place of unix._CREDENTIALS."""
+
+    size = 12
+
+    def __init__(self, user: int) -> None:
+        self.unpack = lambda found: (99, user, user)
+
+
 class MemoryHost:
     """The receiving end of MemoryWires. `alter` sees every message to the Receiver and may change
     it, or lose it by returning None."""

@@ -171,7 +171,7 @@ def test_memory_stays_flat_whoever_calls(net: Net) -> None:
         net.greet(route, incarnation=number + 1)
         net.take(route, Bye())
         net.greet(route, incarnation=10**6 + number)
-    known = (net.receiver._links, net.receiver._strikes, net.receiver._replaced)
+    known = (net.receiver._links, net.receiver._strikes)
     assert all(len(table) <= MAX_KNOWN for table in known)
 
 
@@ -192,13 +192,14 @@ def test_each_dropped_frame_and_ended_link_is_told_under_one_reason(net: Net) ->
     net.receiver.take(b"r", [b"junk"])
     net.receiver.take(b"r", [encode(1, CHUNK, b"body")[0], b"bodY"])
     net.greet(b"s", incarnation=12)
-    net.greet(b"r")
+    stranger = replace(prefill_hello(), protocol=99)
+    net.take(b"r", Greeting(DECODE_PEER.incarnation), encode_hello(stranger))
     net.stage.silent = True
     net.take(b"s", CHUNK, bytes(1001))
     net.take(b"s", CHUNK)
     told = dict(net.receiver.metrics())
     frames = {"malformed": 1, "damaged": 1, "fenced": 1, "cut": 1}
-    links = {"refused": 1, "evicted": 1, "overdrawn": 1}
+    links = {"refused": 1, "evicted": 1, "overdrawn": 1, "keyless": 0, "other_user": 0}
     assert told == {
         **{metrics.labelled(metrics.BAD_FRAMES, reason=why): n for why, n in frames.items()},
         **{metrics.labelled(metrics.LINKS_ENDED, reason=why): n for why, n in links.items()},

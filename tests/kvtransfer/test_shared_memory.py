@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import zmq
 
+from cluster import metrics
 from cluster.errors import WorkerLost
-from kvtransfer import near
+from kvtransfer import near, unix
 from kvtransfer.frames import Ack, Address, Box, Buffer, Chunk, decode, digest_of, encode
 from kvtransfer.link import FramedLink
 from kvtransfer.near import _PLACE, _message
@@ -30,6 +31,7 @@ from kvtransfer.zeromq import ZmqHost
 from tests.kvtransfer.fakes import (
     DECODE_PEER,
     DecodeSide,
+    Shown,
     Yes,
     hello,
     prefill_hello,
@@ -271,15 +273,23 @@ async def test_what_is_no_memory_is_not_mapped(side: Side, tmp_path: Path) -> No
 
 
 async def test_another_users_process_is_shown_the_door(
-    side: Side, monkeypatch: pytest.MonkeyPatch
+    side: Side, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("os.geteuid", lambda: 4242)
+    """Abstract names are open to all: what counts is what the kernel says of who connected."""
+    monkeypatch.setattr(unix, "_CREDENTIALS", Shown(4242))
     wire = SharedMemoryWire(DECODE_PEER)
-    with pytest.raises(WorkerLost, match="is not 4242"):
+    with pytest.raises(WorkerLost, match="its user is 4242, not"):
         await wire.open(lambda parts: None, lambda reason: None)
-    with rogue() as sender:
-        assert await sender.heard() == b""
+    for _ in range(2):
+        with rogue() as sender:
+            assert await sender.heard() == b""
     assert len(side.host) == 0
+    told = dict(side.receiver.metrics())
+    assert told[metrics.labelled(metrics.LINKS_ENDED, reason="other_user")] >= 2
+    assert len([r for r in caplog.records if "its user is 4242" in r.getMessage()]) == 1
+    monkeypatch.undo()
+    link = await side.opened()
+    await link.send(CHUNK, 1, put(b"x"))
 
 
 async def test_nobody_listening_is_a_lost_worker_at_once() -> None:
@@ -389,6 +399,23 @@ async def test_who_waits_for_memory_is_told_that_the_link_is_lost(side: Side) ->
     side.host.close()
     results = await asyncio.gather(*sends, return_exceptions=True)
     assert [type(result) for result in results] == [WorkerLost] * 3
+
+
+async def test_a_short_stop_ends_nothing(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = near.LOOKS - 1
+    looks = [*([True] * longest + [False]) * 3, *[True] * near.LOOKS]
+    seen: list[bool] = []
+
+    def look(pid: int) -> bool:
+        seen.append(looks[len(seen)])
+        return seen[-1]
+
+    monkeypatch.setattr(near, "LOOK_S", 0.0)
+    monkeypatch.setattr(near, "stopped", look)
+    link = await side.opened()
+    while not link.lost:
+        await asyncio.sleep(0)
+    assert seen == looks
 
 
 SERVE = """

@@ -13,6 +13,7 @@ import pytest
 from cluster.messages import Peer
 from kvtransfer import unix
 from kvtransfer.unix import Port, name_of, new_socket, owner, stopped
+from tests.kvtransfer.fakes import Shown
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -88,12 +89,25 @@ async def test_closing_may_be_repeated_and_ends_all() -> None:
     far.close()
 
 
-def test_the_kernel_says_whose_process_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_says_whose_process_it_is() -> None:
     near, far = pair()
     assert owner(near) == os.getpid()
-    monkeypatch.setattr("os.geteuid", lambda: 4242)
-    with pytest.raises(PermissionError, match="is not 4242"):
-        owner(near)
+    near.close()
+    far.close()
+
+
+@pytest.mark.parametrize(("user", "own", "let_in"), [(7, 7, True), (0, 7, True), (7, 0, False)])
+def test_only_our_own_user_and_root_are_let_in(
+    monkeypatch: pytest.MonkeyPatch, user: int, own: int, let_in: bool
+) -> None:
+    near, far = pair()
+    monkeypatch.setattr("os.geteuid", lambda: own)
+    monkeypatch.setattr(unix, "_CREDENTIALS", Shown(user))
+    if let_in:
+        assert owner(near) == 99
+    else:
+        with pytest.raises(PermissionError, match=f"its user is {user}, not {own}"):
+            owner(near)
     near.close()
     far.close()
 

@@ -49,6 +49,7 @@ def test_without_modules_everything_still_imports(monkeypatch: pytest.MonkeyPatc
         assert "not built" in without.why_not()
         assert without.isa() == "" and without.isas() == ()
         without.set_threads(2)
+        assert without.tasks_done() == 0
         with pytest.raises(RuntimeError, match="not built"):
             PackedLinear(8, 8, bias=False, storage="float32")
     finally:
@@ -126,6 +127,17 @@ def test_callers_at_once_get_their_own_results() -> None:
 
     with ThreadPoolExecutor(4) as callers:
         assert all(callers.map(lambda each: call(*each), layers))
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tasks_are_counted_within_a_kernel(threads: int) -> None:
+    """So often that none of them lasts: 1,024 rows are 4 blocks, 512 outputs 16 panels."""
+    native.set_threads(threads)
+    layer, _ = make_layer()
+    before = native.tasks_done()
+    layer(torch.randn(1024, 512))
+    assert native.tasks_done() - before == 64
 
 
 @needs_native

@@ -1,0 +1,168 @@
+"""Who may call what, over real connections."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cluster import rpc
+from cluster.credentials import Credentials
+from cluster.errors import StartError
+from tests.credentials import made
+
+ECHO = "/baton.Test/Echo"
+
+
+class Worker:
+    """The worker's side: one port as `credentials` say and one for everybody."""
+
+    def __init__(self, credentials: Credentials | None) -> None:
+        self.calls = 0
+        self.server = rpc.new_server()
+        handler = rpc.stream_handler(ECHO, self.echo, bytes, bytes, credentials)
+        self.server.add_generic_rpc_handlers((handler,))
+        secure = rpc.mutual_tls(credentials)
+        inner = rpc.listen(self.server, "127.0.0.1:0", "--port", secure)
+        self.address = f"127.0.0.1:{inner}"
+        self.open_address = f"127.0.0.1:{rpc.listen(self.server, '127.0.0.1:0', '--port')}"
+
+    async def echo(self, messages: AsyncIterator[bytes], _: object) -> AsyncIterator[bytes]:
+        self.calls += 1
+        async for message in messages:
+            yield message
+
+
+async def ask(channel: grpc.aio.Channel) -> bytes:
+    async def said() -> AsyncIterator[bytes]:
+        yield b"hello"
+
+    async with channel:
+        answers = [answer async for answer in channel.stream_stream(ECHO)(said(), timeout=20.0)]
+    return b"".join(answers)
+
+
+async def refused(channel: grpc.aio.Channel) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await ask(channel)
+    return caught.value
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Credentials, Credentials]:
+    return made(tmp_path / "ours")
+
+
+@pytest.fixture
+async def worker(keys: tuple[Credentials, Credentials]) -> AsyncIterator[Worker]:
+    worker = Worker(keys[1])
+    await worker.server.start()
+    yield worker
+    await worker.server.stop(None)
+
+
+async def test_a_gateway_of_the_cluster_is_served(
+    worker: Worker, keys: tuple[Credentials, Credentials]
+) -> None:
+    assert await ask(rpc.open_channel(worker.address, keys[0])) == b"hello"
+
+
+async def test_nobody_else_gets_as_far_as_a_call(
+    worker: Worker, keys: tuple[Credentials, Credentials], tmp_path: Path
+) -> None:
+    """G13. Each of them would be let in if one side's check were left out."""
+    gateway, other = keys[0], made(tmp_path / "theirs")[0]
+    borrowed = replace(other, authority=gateway.authority)  # trusts us, shows theirs
+    for intruder in (other, borrowed, None):
+        error = await refused(rpc.open_channel(worker.address, intruder))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert "compare --keys" in rpc.why_not(error)
+    nameless = grpc.ssl_channel_credentials(gateway.authority)
+    options = (("grpc.ssl_target_name_override", gateway.peer),)
+    error = await refused(grpc.aio.secure_channel(worker.address, nameless, options))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert worker.calls == 0
+
+
+async def test_a_worker_is_no_gateway(
+    worker: Worker, keys: tuple[Credentials, Credentials]
+) -> None:
+    """Its certificate is of the cluster, but not of the role that may give orders."""
+
+    class Posing(Credentials):
+        peer = keys[0].peer  # expects a worker, as only gateways do
+
+    mine = keys[1]
+    posing = Posing(mine.role, mine.authority, mine.certificate, mine.key)
+    error = await refused(rpc.open_channel(worker.address, posing))
+    assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert worker.calls == 0
+
+
+async def test_another_role_does_not_answer_for_the_one_that_was_called(
+    worker: Worker, keys: tuple[Credentials, Credentials]
+) -> None:
+    """Who holds a worker's key could otherwise take a gateway's place."""
+    error = await refused(rpc.open_channel(worker.address, keys[1]))
+    assert "no certificate of our keys" in rpc.why_not(error)
+
+
+async def test_a_port_for_everybody_shows_nothing_of_it(worker: Worker) -> None:
+    """Both ports are one server's: the check goes with the method, not with the port."""
+    error = await refused(rpc.open_channel(worker.open_address))
+    assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert worker.calls == 0
+
+
+async def test_without_keys_on_both_sides_all_is_open() -> None:
+    worker = Worker(None)
+    await worker.server.start()
+    assert await ask(rpc.open_channel(worker.address)) == b"hello"
+    await worker.server.stop(None)
+
+
+async def test_keys_are_not_shown_to_who_has_none(keys: tuple[Credentials, Credentials]) -> None:
+    worker = Worker(None)
+    await worker.server.start()
+    error = await refused(rpc.open_channel(worker.address, keys[0]))
+    assert "no certificate of our keys" in rpc.why_not(error)
+    await worker.server.stop(None)
+
+
+async def test_that_nobody_is_there_needs_no_attention() -> None:
+    error = await refused(rpc.open_channel("127.0.0.1:1"))
+    assert rpc.why_not(error) == ""
+
+
+async def test_a_taken_port_is_named(worker: Worker, keys: tuple[Credentials, Credentials]) -> None:
+    for secure in (None, rpc.mutual_tls(keys[1])):
+        with pytest.raises(StartError, match=f"{worker.address}: choose another --somewhere"):
+            rpc.listen(rpc.new_server(), worker.address, "--somewhere", secure)
+
+
+async def test_clients_get_tls_without_a_certificate_of_their_own(
+    keys: tuple[Credentials, Credentials], tmp_path: Path
+) -> None:
+    files = (str(tmp_path / "ours" / name) for name in ("gateway.pem", "gateway.key"))
+    server = rpc.new_server()
+    handler = rpc.stream_handler(ECHO, Worker(None).echo, bytes, bytes)
+    server.add_generic_rpc_handlers((handler,))
+    port = rpc.listen(server, "127.0.0.1:0", "--grpc-port", rpc.server_tls(*files))
+    await server.start()
+    trust = grpc.ssl_channel_credentials(keys[0].authority)
+    assert await ask(grpc.aio.secure_channel(f"localhost:{port}", trust)) == b"hello"
+    await refused(rpc.open_channel(f"127.0.0.1:{port}"))
+    await server.stop(None)
+
+
+@pytest.mark.parametrize("key", ["nowhere.key", "worker.key"])
+def test_a_certificate_that_cannot_be_used_is_named(
+    keys: tuple[Credentials, Credentials], tmp_path: Path, key: str
+) -> None:
+    certificate = str(tmp_path / "ours" / "gateway.pem")
+    with pytest.raises(StartError, match=f"--ssl-certfile .*gateway.pem, --ssl-keyfile .*{key}: "):
+        rpc.server_tls(certificate, str(tmp_path / "ours" / key))
+    assert rpc.server_tls("", "") is None
