@@ -330,7 +330,7 @@ class DecodeStage:
         self._drop(lambda s: s.session == session)
 
     def _give_back(self) -> None:
-        for sequence in [*self._running, *self._queue]:
+        for sequence in self._running + list(self._queue):
             self._tell_failed(sequence.session, *sequence.key, "draining")
         for site in self._landings.give_up():
             self._lose(site.request.id, site.attempt, "draining")
