@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.errors import (
     BadRequest,
     BatonError,
+    Draining,
     MethodNotAllowed,
     NotFound,
     RequestTimeout,
@@ -23,21 +24,17 @@ from cluster.errors import (
     UnsupportedMedia,
 )
 from cluster.ids import new_id
+from cluster.process import REQUEST
+from gateway.connection import MAX_HEAD_BYTES, HeadersTooLarge
 from gateway.gateway import Gateway
 from gateway.routes import Routes
 
 log = logging.getLogger(__name__)
 
 MAX_HEADERS = 100
-MAX_HEADER_BYTES = 32 << 10
 
 _HOST = re.compile(rb"[A-Za-z0-9.:\[\]-]+")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-
-
-class HeadersTooLarge(TooLarge):
-    http = 431
-    code = "headers_too_large"
 
 
 class AmbiguousBody(BadRequest):
@@ -84,8 +81,10 @@ def error_response(error: BatonError) -> Response:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after or 1)))
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, _BODY_LEFT):
+    if isinstance(error, (Draining, *_BODY_LEFT)):
         headers["connection"] = "close"
+    if error.http == 409:
+        headers["x-should-retry"] = "false"  # OpenAI's clients would, and in vain
     return JSONResponse(error.body(), error.http, headers)
 
 
@@ -102,6 +101,7 @@ class FrontDoor:
             return
         arrived = self._gateway.clock()
         request_id = _request_id(scope)
+        REQUEST.set(request_id)
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
 
@@ -113,6 +113,8 @@ class FrontDoor:
                     *message["headers"],
                     (b"x-request-id", request_id.encode("ascii")),
                 ]
+                if tenant := scope["state"].get("tenant"):  # its quotas, where it has any
+                    message["headers"] += self._gateway.quotas.headers(tenant)
             await send(message)
 
         try:
@@ -127,7 +129,8 @@ class FrontDoor:
             self._tell(scope, status, self._gateway.clock() - arrived)
 
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:
-        handler = getattr(scope.get("route"), "path", "none")
+        matched = scope["path"] if "endpoint" in scope else "none"  # a plain route has no pattern
+        handler = str(getattr(scope.get("route"), "path", matched))
         self._gateway.metrics.http(handler, scope["method"], status, seconds)
         log.info(
             "http request",
@@ -144,12 +147,14 @@ class FrontDoor:
 def check_head(scope: Scope) -> None:
     """Raises BadRequest or HeadersTooLarge for a head that no honest client sends."""
     headers = scope["headers"]
-    if len(headers) > MAX_HEADERS or sum(len(n) + len(v) for n, v in headers) > MAX_HEADER_BYTES:
+    if len(headers) > MAX_HEADERS or sum(len(n) + len(v) for n, v in headers) > MAX_HEAD_BYTES:
         raise HeadersTooLarge("The request has too many or too large headers.")
     names = {name for name, _ in headers}
     if {b"content-length", b"transfer-encoding"} <= names:
         # Two readers could see two different ends of the body, and a request hidden between them.
         raise AmbiguousBody("Content-Length and Transfer-Encoding exclude each other.")
+    if not scope["raw_path"].startswith(b"/") and scope["raw_path"] != b"*":
+        raise BadRequest("The request's target must be a path.", code="invalid_target")
     hosts = [value for name, value in headers if name == b"host"]
     if not hosts and scope["http_version"] == "1.0":
         return

@@ -25,6 +25,13 @@ class Limits:
     max_logit_bias: int = 300
     max_body_bytes: int = 4 << 20
     allow_unknown_fields: bool = False
+    allowed_names: tuple[str, ...] = ()  # what this caller's key names; empty: all
+
+    def usable_names(self) -> tuple[str, ...]:
+        """The served names that this caller may use."""
+        if not self.allowed_names:
+            return self.model_names
+        return tuple(name for name in self.model_names if name in self.allowed_names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +62,4 @@ class Ask:
     cache_salt: str = ""
     return_token_ids: bool = False
     return_timeline: bool = False  # Baton's own: durations of each phase in the response
+    priority: int = 0  # lower comes first

@@ -82,6 +82,7 @@ class CallBody(_Body):
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     return_token_ids: Flag = None
     return_timeline: Flag = None
+    priority: Annotated[int, Field(ge=-MAX_INT32, le=MAX_INT32)] | None = None
     response_format: Object = None
     # Labels: they ask for nothing, so nothing is done with them.
     user: Label | None = None
@@ -141,7 +142,6 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "guided_regex": (),
     "length_penalty": (1,),
     "logprob_token_ids": (),
-    "priority": (0,),
     "prompt_logprobs": (),
     "repetition_detection": (),
     "return_tokens_as_token_ids": (False,),

@@ -12,11 +12,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from cluster.clock import Clock, monotonic
-from cluster.errors import BatonError, Cancelled
+from cluster.errors import BatonError, Cancelled, Overloaded
 from cluster.metrics import GatewayMetrics
+from cluster.pressure import POLL_S, Pressure
 from gateway.ask import Limits
+from gateway.calls import Calls
 from gateway.keys import Keys
 from gateway.pools import Pools
+from gateway.quota import Quotas
+from gateway.reattach import Kept
 from gateway.scrape import Siblings
 from gateway.sequencer import Sequencer
 from gateway.text import TextPool
@@ -43,10 +47,23 @@ class Gateway:
     """The model's own sampling parameters, for calls that name none."""
     request_timeout_s: float = 600.0
     body_timeout_s: float = 30.0
+    write_timeout_s: float = 60.0
     clock: Clock = monotonic
     wall_clock: Callable[[], float] = time.time
     active: int = 0
     siblings: Siblings | None = None  # where several gateways share a port
+    pressure: Pressure = field(default_factory=lambda: Pressure(0))
+    calls: Calls = field(default_factory=Calls)
+    kept: Kept = field(default_factory=Kept)
+    quotas: Quotas = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.quotas = Quotas(self.clock)
+
+    def check_pressure(self) -> None:
+        """Before anything is done for a new call. Raises Overloaded: this process has no room."""
+        if short := self.pressure.high:
+            raise Overloaded(f"The server is short of {short}.", retry_after=POLL_S)
 
     def limits_now(self) -> Limits:
         """The limits with what the workers that are there now have room for."""

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -19,15 +20,17 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.errors import BadRequest, Cancelled, DeadlineExceeded
+from cluster.errors import BadRequest, BatonError, Cancelled, DeadlineExceeded
 from cluster.ids import new_id
+from cluster.process import REQUEST
 from cluster.wire import inference_pb2 as wire
 from gateway import validate
 from gateway.ask import Ask, Limits
 from gateway.gateway import Gateway
 from gateway.pools import Pools
+from gateway.reattach import Claim, Sink, digest_of, key_of
 from gateway.rpc_status import trailing_metadata
-from gateway.stream import Answer, Delta, Emit
+from gateway.stream import Answer, Delta
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,9 @@ HEALTH: Final = "grpc.health.v1.Health"
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _WATCH_S = 60.0
+
+LAST_WORD_S = 1.0
+"""How long a client that has stopped reading may hold up the end of its own call."""
 
 
 def add_to_server(server: grpc.aio.Server, gateway: Gateway) -> None:
@@ -60,70 +66,65 @@ class InferenceService:
         self._gateway = gateway
 
     async def generate(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
-        deltas: list[Delta] = []
-
-        async def collect(arrived: list[Delta]) -> None:
-            deltas.extend(arrived)
-
-        response = wire.GenerateResponse()
-
-        async def work() -> None:
-            ask, answer = await self._run(data, context, lambda _: collect)
-            self._head(response)
-            by_choice: dict[int, list[Delta]] = {}
-            for delta in deltas:
-                by_choice.setdefault(delta.choice, []).append(delta)
-            for index in sorted(by_choice):
-                self._add_choice(response, ask, by_choice[index])
-            _add_end(response, ask, answer)
-
-        await self._served(context, work)
-        return response.SerializeToString()
+        client = _Client(context, self._gateway.write_timeout_s, streamed=False)
+        await self._served(client, lambda: self._answer(data, client, "Generate"))
+        return client.whole
 
     async def generate_stream(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
-        head = wire.GenerateResponse()
-        self._head(head)
+        client = _Client(context, self._gateway.write_timeout_s, streamed=True)
+        await self._served(client, lambda: self._answer(data, client, "GenerateStream"))
 
-        def writer(ask: Ask) -> Emit:
-            async def write(arrived: list[Delta]) -> None:
-                message = wire.GenerateResponse()
-                message.CopyFrom(head)
-                for delta in arrived:
-                    if delta.text or delta.finish:
-                        self._add_choice(message, ask, [delta])
-                if message.choices:
-                    await context.write(message.SerializeToString())
-
-            return write
-
-        async def work() -> None:
-            ask, answer = await self._run(data, context, writer)
-            _add_end(head, ask, answer)
-            await context.write(head.SerializeToString())
-
-        await self._served(context, work)
-
-    async def _run(
-        self, data: bytes, context: grpc.aio.ServicerContext, emit: Callable[[Ask], Emit]
-    ) -> tuple[Ask, Answer]:
+    async def _answer(self, data: bytes, client: _Client, method: str) -> None:
+        """One call: made for this client alone or, with an idempotency-key, for who comes back."""
         gateway = self._gateway
         arrived = gateway.clock()
-        remaining = context.time_remaining()
-        timeout = gateway.request_timeout_s
-        if remaining is not None:
-            timeout = min(timeout, remaining)
-        if timeout <= 0:
-            raise DeadlineExceeded("The deadline had passed before the work began.")
-        metadata = list(context.invocation_metadata() or ())
-        keys = [_bytes(value) for name, value in metadata if name == "authorization"]
-        tenant = gateway.keys.tenant(keys)
+        tenant = gateway.keys.tenant(client.values("authorization"))
+        key = key_of(client.values("idempotency-key"))
         gateway.check_pressure()
-        gateway.calls.admit()
-        async with gateway.calls.within(timeout):
+        async with gateway.calls.within(client.seconds(gateway.request_timeout_s)):
             ask = await self._read(data, tenant.limits(gateway.limits))
-            answer = await Answer.prepare(gateway, ask, tenant, arrived)
-            await answer.run(emit(ask))
-        return ask, answer
+            claim = None
+            if key is not None:
+                claim = Claim(tenant.salt, key, digest_of(method.encode(), data))
+
+            async def make(sink: Sink) -> None:
+                gateway.calls.admit()
+                async with gateway.calls.within(gateway.request_timeout_s):
+                    answer = await Answer.prepare(gateway, ask, tenant, arrived)
+                    await self._make(ask, answer, client.streamed, sink)
+
+            lost = partial(gateway.account_for, request_id=client.request_id)
+            await gateway.kept.deliver(claim, make, client, lost)
+
+    async def _make(self, ask: Ask, answer: Answer, streamed: bool, sink: Sink) -> None:
+        """All its messages, or the only one."""
+        head = wire.GenerateResponse(
+            id=f"gen-{new_id()}",
+            created=int(self._gateway.wall_clock()),
+            model=self._gateway.limits.model_names[0],
+        )
+        by_choice: dict[int, list[Delta]] = {}
+
+        async def collect(arrived: list[Delta]) -> None:
+            for delta in arrived:
+                by_choice.setdefault(delta.choice, []).append(delta)
+
+        async def write(arrived: list[Delta]) -> None:
+            message = wire.GenerateResponse()
+            message.CopyFrom(head)
+            for delta in arrived:
+                if delta.text or delta.finish:
+                    self._add_choice(message, ask, [delta])
+            if message.choices:
+                sink.fallback = answer.fallback
+                await sink.write(message.SerializeToString())
+
+        await answer.run(write if streamed else collect)
+        for index in sorted(by_choice):
+            self._add_choice(head, ask, by_choice[index])
+        _add_end(head, ask, answer)
+        sink.fallback = answer.fallback
+        await sink.write(head.SerializeToString())
 
     async def _read(self, data: bytes, limits: Limits) -> Ask:
         """Parse and validate; a large message off the event loop.
@@ -143,13 +144,10 @@ class InferenceService:
             return work()
         return await self._gateway.text.run(work)
 
-    async def _served(
-        self, context: grpc.aio.ServicerContext, work: Callable[[], Awaitable[None]]
-    ) -> None:
+    async def _served(self, client: _Client, work: Callable[[], Awaitable[None]]) -> None:
         """Do the work of one call; the one place where an error becomes a gRPC status."""
         gateway = self._gateway
-        request_id = _request_id(context)
-        context.set_trailing_metadata((("x-request-id", request_id),))
+        REQUEST.set(client.request_id)
         gateway.active += 1
         code = "ok"
         try:
@@ -159,18 +157,12 @@ class InferenceService:
             gateway.metrics.cancelled()
             raise
         except Exception as error:
-            known = gateway.account_for(error, request_id)
+            known = gateway.account_for(error, client.request_id)
             code = known.code
-            trailing = trailing_metadata(known, request_id)
-            await context.abort(grpc.StatusCode[known.grpc], known.message, trailing)
+            await client.abort(known)
         finally:
             gateway.active -= 1
-            log.info("grpc request", extra={"request_id": request_id, "code": code})
-
-    def _head(self, response: wire.GenerateResponse) -> None:
-        response.id = f"gen-{new_id()}"
-        response.created = int(self._gateway.wall_clock())
-        response.model = self._gateway.limits.model_names[0]
+            log.info("grpc request", extra={"request_id": client.request_id, "code": code})
 
     def _add_choice(
         self, response: wire.GenerateResponse, ask: Ask, deltas: Sequence[Delta]
@@ -200,6 +192,62 @@ class InferenceService:
         entry.token = self._gateway.tokenizer.token_text(token)
         entry.bytes = self._gateway.tokenizer.token_bytes(token)
         entry.logprob = logprob
+
+
+class _Client:
+    """Who called, and where the answer goes."""
+
+    def __init__(
+        self, context: grpc.aio.ServicerContext, write_timeout_s: float, streamed: bool
+    ) -> None:
+        self.streamed = streamed
+        self.whole = b""
+        self.fallback = False
+        self.reattached = False
+        self.request_id = _request_id(context)
+        self._context = context
+        self._write_timeout_s = write_timeout_s
+        self._started = False
+        context.set_trailing_metadata((("x-request-id", self.request_id),))
+
+    def values(self, name: str) -> list[bytes]:
+        """All metadata of this name."""
+        metadata = self._context.invocation_metadata() or ()
+        return [_bytes(value) for key, value in metadata if key == name]
+
+    def seconds(self, most: float) -> float:
+        """How long it waits. Raises DeadlineExceeded."""
+        remaining = self._context.time_remaining()
+        if remaining is None:
+            return most
+        if remaining <= 0:
+            raise DeadlineExceeded("The deadline had passed before the work began.")
+        return min(most, float(remaining))
+
+    async def write(self, data: bytes) -> None:
+        """The next message, or the only one. Raises Cancelled if the client does not read."""
+        if not self._started:
+            self._started = True
+            marks = [("baton-fallback", "decode-prefill")] * self.fallback
+            marks += [("baton-reattached", "true")] * self.reattached
+            if marks:
+                await self._context.send_initial_metadata(tuple(marks))
+        if not self.streamed:
+            self.whole = data
+            return
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await self._context.write(data)
+        except TimeoutError:
+            raise Cancelled("The client has stopped reading.") from None
+
+    async def abort(self, error: BatonError) -> None:
+        """gRPC sends the status after what was written: a client that does not read gets neither,
+        and nobody waits for it."""
+        trailing = trailing_metadata(error, self.request_id)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORD_S):
+                await self._context.abort(grpc.StatusCode[error.grpc], error.message, trailing)
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it comes without types

@@ -14,17 +14,17 @@ from starlette.responses import JSONResponse, Response
 
 from cluster.errors import (
     Cancelled,
-    NotFound,
     NoWorkers,
     RequestTimeout,
     TooLarge,
     UnsupportedMedia,
 )
 from cluster.metrics import CONTENT_TYPE
-from gateway import validate
+from gateway import schemas, validate
 from gateway.ask import Ask, Limits
 from gateway.fields import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from gateway.gateway import Gateway
+from gateway.reattach import Claim, digest_of, key_of
 from gateway.response import AnswerResponse
 
 Handler = Callable[..., Awaitable[Response]]
@@ -46,10 +46,10 @@ class Routes:
         self._gateway = gateway
 
     def add_to(self, app: FastAPI) -> None:
-        """Every route is guarded by the API key but the two that are listed as open."""
-        guarded = [Depends(self.authorize)]
-        app.add_api_route("/live", self.live, methods=["GET"])
-        app.add_api_route("/ready", self.ready, methods=["GET"])
+        """Every route asks for the API key, as one more would; the two open ones are listed apart."""
+        app.router.dependencies.append(Depends(self.authorize))
+        for path, probe in {"/live": self.live, "/ready": self.ready}.items():
+            app.add_route(path, probe, methods=["GET"])
         reads: dict[str, Handler] = {
             "/health": self.health,
             "/version": self.version,
@@ -67,16 +67,28 @@ class Routes:
             "/detokenize": (self.detokenize, DetokenizeBody),
         }
         for path, read in reads.items():
-            app.add_api_route(path, read, methods=["GET"], dependencies=guarded)
+            app.add_api_route(
+                path,
+                read,
+                methods=["GET"],
+                response_class=Response,
+                responses=schemas.responses(path),
+            )
         for path, (call, body) in calls.items():
             app.add_api_route(
-                path, call, methods=["POST"], dependencies=guarded, openapi_extra=_documented(body)
+                path,
+                call,
+                methods=["POST"],
+                response_class=Response,
+                responses=schemas.responses(path),
+                openapi_extra=schemas.request(body),
             )
 
     async def authorize(self, request: Request) -> None:
         """Looks at the key alone, never at the path: a path can be dressed up as another."""
         values = [value for name, value in request.headers.raw if name == b"authorization"]
-        request.state.tenant = self._gateway.keys.tenant(values)
+        tenant = request.state.tenant = self._gateway.keys.tenant(values)
+        request.state.limits = tenant.limits(self._gateway.limits)
 
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, validate.completion)
@@ -86,10 +98,20 @@ class Routes:
 
     async def _answer(self, request: Request, validator: Validator) -> AnswerResponse:
         gateway = self._gateway
+        gateway.check_pressure()
         body = await self._body(request)
         arrived = gateway.clock()
-        ask = await self._read(body, lambda data: validator(data, gateway.limits, gateway.defaults))
-        return AnswerResponse(gateway, ask, request.state.tenant, arrived)
+        headers = request.headers.raw
+        key = key_of([value for name, value in headers if name == b"idempotency-key"])
+        limits, tenant = request.state.limits, request.state.tenant
+        path = request.scope["path"].encode()
+
+        def read(data: Any) -> tuple[Ask, Claim | None]:
+            ask = validator(data, limits, gateway.defaults)
+            return ask, None if key is None else Claim(tenant.salt, key, digest_of(path, body))
+
+        ask, claim = await self._read(body, read)
+        return AnswerResponse(gateway, ask, tenant, arrived, claim)
 
     async def _body(self, request: Request) -> bytes:
         limit = self._gateway.limits.max_body_bytes
@@ -108,7 +130,7 @@ class Routes:
     async def tokenize(self, request: Request) -> Response:
         gateway = self._gateway
         asked = await self._body(request)
-        call = await self._read(asked, lambda data: validate.tokenize(data, gateway.limits))
+        call = await self._read(asked, lambda data: validate.tokenize(data, request.state.limits))
         [tokens] = await gateway.text.encode(call.ask)
         body: dict[str, Any] = {
             "count": len(tokens),
@@ -123,19 +145,17 @@ class Routes:
     async def detokenize(self, request: Request) -> Response:
         gateway = self._gateway
         body = await self._body(request)
-        tokens = await self._read(body, lambda data: validate.detokenize(data, gateway.limits))
+        tokens = await self._read(
+            body, lambda data: validate.detokenize(data, request.state.limits)
+        )
         return JSONResponse({"prompt": await gateway.text.decode(tokens)})
 
-    async def models(self) -> Response:
-        names = self._gateway.limits.model_names
+    async def models(self, request: Request) -> Response:
+        names = request.state.limits.usable_names()
         return JSONResponse({"object": "list", "data": [self._card(name) for name in names]})
 
-    async def model(self, name: str) -> Response:
-        if name not in self._gateway.limits.model_names:
-            raise NotFound(
-                f"The model `{name[:64]}` does not exist.", code="model_not_found", param="model"
-            )
-        return JSONResponse(self._card(name))
+    async def model(self, request: Request, name: str) -> Response:
+        return JSONResponse(self._card(validate.check_model(name, request.state.limits)))
 
     def _card(self, name: str) -> dict[str, Any]:
         return {
@@ -149,11 +169,11 @@ class Routes:
             "permission": [],
         }
 
-    async def live(self) -> Response:
+    async def live(self, request: Request) -> Response:
         """The process answers. Says nothing about workers."""
         return JSONResponse({"status": "live"})
 
-    async def ready(self) -> Response:
+    async def ready(self, request: Request) -> Response:
         self._need_workers()
         return JSONResponse({"status": "ready"})
 
@@ -162,6 +182,8 @@ class Routes:
         return Response()
 
     def _need_workers(self) -> None:
+        self._gateway.calls.admit()
+        self._gateway.check_pressure()
         if not self._gateway.pools.ready():
             raise NoWorkers("No usable pair of workers yet.", retry_after=1)
 
@@ -231,9 +253,3 @@ async def _let_it_pass(request: Request) -> None:
             passed += len(message.get("body", b""))
             if not message.get("more_body", False):
                 return
-
-
-def _documented(body: type[BaseModel]) -> dict[str, Any]:
-    """The request's schema for /openapi.json. We read bodies ourselves, FastAPI only shows this."""
-    schema = body.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from cluster.errors import NotFound
+from cluster.errors import Forbidden, NotFound
 from cluster.messages import Request, Sampling
 from gateway import content
 from gateway.ask import Ask, Limits
@@ -34,6 +34,7 @@ __all__ = [
     "TokenizeBody",
     "TokenizeCall",
     "chat",
+    "check_model",
     "completion",
     "detokenize",
     "fit",
@@ -109,7 +110,7 @@ def chat(data: Any, limits: Limits, defaults: Mapping[str, float] | None = None)
 def tokenize(data: Any, limits: Limits) -> TokenizeCall:
     """A call of /tokenize. Raises BadRequest and NotFound."""
     fields = read(TokenizeBody, data, limits.allow_unknown_fields)
-    _check_model(fields.model, limits)
+    model = check_model(fields.model, limits)
     if fields.prompt is not None and fields.messages is not None:
         raise refusal(
             "conflicting_parameters", "Give either 'prompt' or 'messages', not both.", "messages"
@@ -122,7 +123,7 @@ def tokenize(data: Any, limits: Limits) -> TokenizeCall:
     opening, continuing = _turn(fields)
     ask = Ask(
         kind="chat" if is_chat else "completion",
-        model=fields.model or limits.model_names[0],
+        model=model,
         sampling=Sampling(),
         prompts=() if is_chat else (fields.prompt or "",),
         messages=content.messages(fields.messages, limits) if is_chat else (),
@@ -136,7 +137,7 @@ def tokenize(data: Any, limits: Limits) -> TokenizeCall:
 def detokenize(data: Any, limits: Limits) -> tuple[int, ...]:
     """A call of /detokenize: its token ids. Raises BadRequest and NotFound."""
     fields = read(DetokenizeBody, data, limits.allow_unknown_fields)
-    _check_model(fields.model, limits)
+    check_model(fields.model, limits)
     return content.token_ids(fields.tokens, "tokens", limits)
 
 
@@ -147,7 +148,7 @@ def _ask(
     defaults: Mapping[str, float],
 ) -> Ask:
     """What completions and chats have in common."""
-    _check_model(fields.model, limits)
+    check_model(fields.model, limits)
     content.check_response_format(fields.response_format)
     stream, options = bool(fields.stream), fields.stream_options
     if options is not None and not stream:
@@ -167,6 +168,7 @@ def _ask(
         cache_salt=fields.cache_salt or "",
         return_token_ids=bool(fields.return_token_ids),
         return_timeline=bool(fields.return_timeline),
+        priority=fields.priority or 0,
     )
 
 
@@ -223,11 +225,19 @@ def _turn(fields: ChatBody | TokenizeBody) -> tuple[bool, bool]:
     return opening, continuing
 
 
-def _check_model(name: str | None, limits: Limits) -> None:
+def check_model(name: str | None, limits: Limits) -> str:
+    """A name that is served and that the caller may use; without one the first of those.
+
+    Raises NotFound and Forbidden.
+    """
     if name is not None and name not in limits.model_names:
         raise NotFound(
             f"The model `{shown(name)}` does not exist.", code="model_not_found", param="model"
         )
+    for usable in limits.usable_names():
+        if name in (None, usable):
+            return usable
+    raise Forbidden("This API key may not use this model.", code="model_forbidden", param="model")
 
 
 def _at_most(name: str, value: int | None, limit: int) -> int | None:

@@ -8,6 +8,6 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs in parallel on few cores
 
-# The machine is shared: a slow example is no failure. The same examples each time: a failure is ours.
+# On a shared machine a slow example is no failure; the same examples each time, a failure is ours.
 settings.register_profile("ours", deadline=None, derandomize=True)
 settings.load_profile("ours")

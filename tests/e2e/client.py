@@ -67,10 +67,12 @@ def _read(response: http.client.HTTPResponse) -> Answer:
 
 
 @contextmanager
-def stream(url: str, path: str, body: dict[str, Any]) -> Iterator[Iterator[Any]]:
+def stream(
+    url: str, path: str, body: dict[str, Any], headers: dict[str, str] | None = None
+) -> Iterator[Iterator[Any]]:
     """The events of one SSE answer, each parsed, DONE as it is. Leaving the block hangs up."""
     with closing(_connect(url)) as connection:
-        _send(connection, "POST", path, {**body, "stream": True})
+        _send(connection, "POST", path, {**body, "stream": True}, headers)
         with closing(connection.getresponse()) as response:
             assert response.status == 200, response.read().decode()
             yield _events(response)

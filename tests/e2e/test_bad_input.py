@@ -1,4 +1,4 @@
-"""The catalogue of bad input against the real thing; after each bad call a good one is served."""
+"""The catalogue of bad bodies against the real thing; after each bad call a good one is served."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 from cluster.model import load_config
 from engine.tiny import TINY_DIR
 from gateway.ask import Limits
-from tests.e2e.client import Answer, get, post, request, tokens
+from tests.e2e.client import Answer, get, post, tokens
 from tests.e2e.cluster import Cluster
-from tests.gateway.catalogue import Case, cases
+from tests.gateway.catalogue import INSIDES, Case, cases
 
 _MODEL = load_config(TINY_DIR)
 LIMITS = Limits(
@@ -42,7 +42,7 @@ def check_error(answer: Answer, status: int, code: str) -> dict[str, Any]:
     assert set(error) == {"message", "type", "param", "code"}
     assert error["code"] == code, error
     assert len(json.dumps(answer.body)) < 1000
-    assert not any(word in error["message"] for word in ("Traceback", ".py", "127.0.0.1"))
+    assert not INSIDES.search(error["message"]), error
     return dict(error)
 
 
@@ -82,19 +82,6 @@ def test_a_connection_outlives_bad_calls(rested: Cluster) -> None:
         connection.close()
 
 
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [
-        ({"Content-Type": "text/plain"}, 415),
-        ({"Content-Type": ""}, 415),
-        ({"Content-Encoding": "gzip"}, 415),
-    ],
-)
-def test_media_types(rested: Cluster, headers: dict[str, str], status: int) -> None:
-    answer = request(rested.url, "POST", COMPLETIONS, GOOD, headers)
-    check_error(answer, status, "unsupported_media_type")
-
-
 def raw(cluster: Cluster, data: bytes) -> bytes:
     """What comes back for these bytes until the server closes or has answered."""
     with socket.create_connection(("127.0.0.1", cluster.http_port), timeout=30) as connection:
@@ -103,37 +90,6 @@ def raw(cluster: Cluster, data: bytes) -> bytes:
 
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-
-
-@pytest.mark.parametrize(
-    ("data", "statuses"),
-    [
-        pytest.param(HEAD + b"Content-Length: 300000000\r\n\r\n{", {413}, id="300 MB announced"),
-        pytest.param(
-            HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-            {400},
-            id="two lengths",
-        ),
-        pytest.param(HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", {400}, id="5 or 6"),
-        pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", {400}, id="TLS"),
-        pytest.param(b"GET / HTTP/1.1\r\n\r\n", {400}, id="no host"),
-        pytest.param(HEAD + b"Transfer-Encoding: xchunked\r\n\r\n", {400, 501}, id="xchunked"),
-        pytest.param(b"GET /\r\n\r\n", {400}, id="HTTP/0.9"),
-        pytest.param(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400}, id="HTTP/2"),
-        pytest.param(b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", {400}, id="two hosts"),
-        pytest.param(
-            HEAD + b"Expect: 100-continue\r\nContent-Length: 300000000\r\n\r\n",
-            {413},
-            id="expect",
-        ),
-        pytest.param(b"TRACE / HTTP/1.1\r\nHost: x\r\n\r\n", {404, 405}, id="TRACE"),
-    ],
-)
-def test_broken_http(rested: Cluster, data: bytes, statuses: set[int]) -> None:
-    line = raw(rested, data).split(b"\r\n")[0]
-    assert line.startswith(b"HTTP/1.1 "), line
-    assert int(line.split()[1]) in statuses
-    assert post(rested.url, COMPLETIONS, GOOD).status == 200
 
 
 def test_pipelined_calls_keep_their_order(rested: Cluster) -> None:
@@ -172,19 +128,6 @@ def test_the_largest_body(rested: Cluster) -> None:
     check_error(post(rested.url, COMPLETIONS, body), 400, "string_above_max_length")
     more = HEAD + b"Content-Length: %d\r\n\r\n{" % (LIMITS.max_body_bytes + 1)
     assert raw(rested, more).startswith(b"HTTP/1.1 413 ")
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status", "code"),
-    [
-        ("GET", COMPLETIONS, 405, "method_not_allowed"),
-        ("POST", "/v1/models", 405, "method_not_allowed"),
-        ("GET", "/v1/nothing", 404, "not_found"),
-        ("GET", "/v1/models/gpt-4", 404, "model_not_found"),
-    ],
-)
-def test_wrong_places(rested: Cluster, method: str, path: str, status: int, code: str) -> None:
-    check_error(request(rested.url, method, path), status, code)
 
 
 def test_a_context_filled_to_the_brim(rested: Cluster) -> None:

@@ -2,16 +2,20 @@
 
 Rows carry the number they have in the project's catalogue of faults; one number may have several
 bodies. A body is JSON as a dict (`model` is filled in unless the case is about it) or raw bytes.
-Rows about the transport (content type, sizes, connections, keys) are not here.
+Rows about the transport (content type, sizes, connections, keys) are in `transport.py`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from gateway.ask import Limits
+
+INSIDES = re.compile(r"0x[0-9a-f]{6,}|Traceback|\.py\b|/home/|/tmp/|site-packages|127\.0\.0\.1")
+"""What no answer to a client may hold."""
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -267,6 +271,10 @@ def cases(limits: Limits) -> list[Case]:
         bad_chat(
             58, "unsupported_parameter", "response_format", {"response_format": {"type": kind}}
         )
+    for number, schemas in _SCHEMAS.items():
+        for schema in schemas:
+            form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+            bad_chat(number, "unsupported_parameter", "response_format", {"response_format": form})
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "strin"}}}
     bad_chat(62, "unsupported_parameter", "tools", {"tools": [tool]}, {"tools": [tool] * 1000})
     bad_chat(62, "unsupported_parameter", "tools", {"tools": []})
@@ -293,6 +301,16 @@ def cases(limits: Limits) -> list[Case]:
     return found
 
 
+_SCHEMAS: dict[int, tuple[dict[str, Any], ...]] = {
+    59: (
+        {"type": "string", "pattern": "["},
+        {"type": "string", "pattern": "(a+)+$"},
+        {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+        {"$ref": "http://169.254.169.254/"},
+    ),
+    60: ({"enum": list(range(100_000))}, {"description": "x" * 2**20}),
+    61: ({"type": "object"}, {"type": "strin"}, {"type": "object"}),
+}
 _NUMBERS = (b"Infinity", b"-Infinity", b"1e400", b"-1e400", b"nan", b"0x1", b"01", b"+1", b"1.")
 _NEVER = (
     "kv_transfer_params",
@@ -314,7 +332,6 @@ _UNSUPPORTED_SHARED = (
     ("bad_words", ["x"]),
     ("structured_outputs", {"regex": "(a+)+$"}),
     ("guided_json", {}),
-    ("priority", 1),
     ("service_tier", "flex"),
     ("store", True),
     ("spaces_between_special_tokens", False),

@@ -17,12 +17,14 @@ from starlette.types import ASGIApp, Message
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Core
 
+from cluster.errors import BatonError
 from cluster.messages import Request, Token
 from cluster.metrics import GatewayMetrics
 from gateway.ask import Limits
+from gateway.fair import Standing
 from gateway.gateway import Gateway
 from gateway.keys import Keys
-from gateway.sequencer import Watch
+from gateway.relay import Watch
 from gateway.text import TextPool
 from gateway.tokens import Tokenizer
 
@@ -85,14 +87,25 @@ class FakeSequencer:
     def __init__(self, script: Script) -> None:
         self.script = script
         self.requests: list[Request] = []
+        self.admitted: list[tuple[Standing, int]] = []
+        self.refusal: BatonError | None = None
         self.cancelled: list[str] = []
+        self.fallback = False  # whether answers are marked as read by a decode worker
         self.open: set[str] = set()
         self.idle = asyncio.Event()  # set when an answer was closed and none is open any more
 
-    async def answer(self, request: Request, watch: Watch) -> AsyncGenerator[Token, None]:
+    def admit(self, standing: Standing, requests: int = 1) -> None:
+        self.admitted.append((standing, requests))
+        if self.refusal is not None:
+            raise self.refusal
+
+    async def answer(
+        self, request: Request, watch: Watch, standing: Standing | None = None
+    ) -> AsyncGenerator[Token, None]:
         self.requests.append(request)
         self.open.add(request.id)
         watch.prefill_worker, watch.decode_worker = "p0", "d0"
+        watch.fallback = self.fallback
         watch.spans |= {"queue": 0.001, "landing": 0.002, "prefill": 0.003}
         complete = False
         try:
@@ -127,6 +140,9 @@ class FakePools:
 
     def ready(self) -> bool:
         return self._ready
+
+    def drain(self) -> None:
+        self.become(False)
 
     def capacity(self) -> int | None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,72 +17,17 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from cluster.errors import BadRequest, Overloaded, WorkerLost
 from cluster.wire import inference_pb2 as wire
 from gateway import inference, validate
-from gateway.gateway import Gateway
 from gateway.keys import Keys
-from tests.gateway.fakes import MODEL, FakePools, FakeSequencer, make_gateway, says, then
+from tests.gateway.fakes import MODEL, says, then
+from tests.gateway.line import Line, ask, conversation, line_to, refusal
 
 Code = grpc.StatusCode
 
 
-class Line:
-    """A gateway's gRPC server and a client's channel to it."""
-
-    def __init__(self, gateway: Gateway, channel: grpc.aio.Channel) -> None:
-        self.gateway = gateway
-        self.channel = channel
-        path = f"/{inference.SERVICE}/"
-        self.raw = channel.unary_unary(path + "Generate")
-        self.generate = channel.unary_unary(
-            path + "Generate",
-            request_serializer=wire.GenerateRequest.SerializeToString,
-            response_deserializer=wire.GenerateResponse.FromString,
-        )
-        self.stream = channel.unary_stream(
-            path + "GenerateStream",
-            request_serializer=wire.GenerateRequest.SerializeToString,
-            response_deserializer=wire.GenerateResponse.FromString,
-        )
-
-    @property
-    def sequencer(self) -> FakeSequencer:
-        assert isinstance(self.gateway.sequencer, FakeSequencer)
-        return self.gateway.sequencer
-
-    @property
-    def pools(self) -> FakePools:
-        assert isinstance(self.gateway.pools, FakePools)
-        return self.gateway.pools
-
-
 @pytest.fixture
 async def line(tmp_path: Path) -> AsyncIterator[Line]:
-    gateway = make_gateway(tmp_path, FakeSequencer(says("Hi")), wall_clock=lambda: 123.9)
-    gateway.text.start()
-    server = grpc.aio.server()
-    inference.add_to_server(server, gateway)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield Line(gateway, channel)
-    await server.stop(None)
-    gateway.text.stop()
-
-
-def ask(**fields: Any) -> wire.GenerateRequest:
-    fields.setdefault("model", MODEL)
-    if not {"messages", "prompt_token_ids"} & fields.keys():
-        fields.setdefault("prompt", "Q")
-    return wire.GenerateRequest(**fields)
-
-
-def conversation(*texts: str) -> wire.Messages:
-    return wire.Messages(messages=[wire.Message(role="user", content=text) for text in texts])
-
-
-async def refusal(call: Any) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return caught.value
+    async with line_to(tmp_path) as line:
+        yield line
 
 
 async def test_the_whole_answer(line: Line) -> None:
@@ -319,3 +265,29 @@ async def test_reflection_names_the_services(line: Line) -> None:
     answer = await call.read()
     names = {service.name for service in answer.list_services_response.service}
     assert {inference.SERVICE, inference.HEALTH} <= names
+
+
+async def test_a_client_that_does_not_read_loses_its_call(line: Line) -> None:
+    """And holds up no more than its own answer until then."""
+    fetched = 0
+
+    def endless(request: Any) -> Any:
+        nonlocal fetched
+        for step in says("x" * 300_000, finish="length")(request):
+            fetched += 1
+            yield step
+
+    line.sequencer.script = endless
+    line.gateway.limits = replace(
+        line.gateway.limits, max_model_len=500_000, max_prompt_tokens=500_000
+    )
+    line.gateway.write_timeout_s = 0.2
+    call = line.stream(ask(max_tokens=300_000))
+    await call.read()
+    async with asyncio.timeout(30):
+        await line.sequencer.idle.wait()
+        while line.gateway.active:
+            await asyncio.sleep(0.01)
+    assert fetched < 200_000  # what gRPC buffers grows with the speed that it has seen
+    assert len(line.sequencer.cancelled) == 1
+    call.cancel()
