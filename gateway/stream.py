@@ -15,13 +15,15 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cluster.errors import EngineFailed
+from cluster.errors import EngineFailed, Forbidden
 from cluster.ids import new_id
 from cluster.messages import Request, Token
 from gateway import validate
 from gateway.ask import Ask
+from gateway.fair import ANYBODY, Standing
 from gateway.gateway import Gateway
 from gateway.keys import Tenant
+from gateway.quota import NOTHING, Reservation
 from gateway.relay import Watch
 from gateway.text import TextStream
 
@@ -107,6 +109,8 @@ class Answer:
         echoes: Sequence[str],
         choices: Sequence[Choice],
         arrived: float,
+        standing: Standing = ANYBODY,
+        reserved: Reservation = NOTHING,
     ) -> None:
         self.prompts = prompts
         self.echoes = echoes
@@ -114,13 +118,25 @@ class Answer:
         self._gateway = gateway
         self._ask = ask
         self._arrived = arrived
+        self._standing = standing
+        self._reserved = reserved
 
     @classmethod
     async def prepare(cls, gateway: Gateway, ask: Ask, tenant: Tenant, arrived: float) -> Answer:
-        """Tokenise and check against the context. Raises BadRequest; no worker knows of it yet."""
+        """Tokenise, check against the context and take the call's place among the others'.
+
+        What would be refused whatever the prompt says is refused before it is tokenised. Raises
+        BadRequest, Forbidden, RateLimited, Overloaded; no worker knows of it yet.
+        """
+        standing = _standing(ask, tenant)
+        gateway.quotas.check(tenant, _fewest_tokens(ask))
+        gateway.sequencer.admit(standing, ask.n)
         prompts = await gateway.text.encode(ask)
         max_tokens = validate.fit(ask, prompts, gateway.limits_now())
         echoes = [await _echo(gateway, ask, number, ids) for number, ids in enumerate(prompts)]
+        gateway.sequencer.admit(standing, ask.n * len(prompts))  # others came meanwhile
+        most = sum(len(prompt) + ask.n * max_tokens for prompt in prompts)
+        reserved = gateway.quotas.reserve(tenant, most)
         ready = gateway.clock()
         gateway.metrics.call(ask.n, max_tokens)
 
@@ -149,7 +165,7 @@ class Answer:
             )
             for index, request in enumerate(requests)
         ]
-        return cls(gateway, ask, prompts, echoes, choices, arrived)
+        return cls(gateway, ask, prompts, echoes, choices, arrived, standing, reserved)
 
     async def run(self, emit: Emit) -> None:
         """Call `emit` with all that comes, until every choice has its finish.
@@ -159,9 +175,14 @@ class Answer:
         """
         if len(self.choices) > 1:
             emit = _in_turn(emit)
-        async with children() as tasks:
-            for choice in self.choices:
-                tasks.create_task(self._pump(choice, emit))
+        try:
+            async with children() as tasks:
+                for choice in self.choices:
+                    tasks.create_task(self._pump(choice, emit))
+        finally:
+            usage = self.usage
+            delivered = usage.prompt_tokens if usage.completion_tokens else 0
+            self._gateway.quotas.settle(self._reserved, delivered + usage.completion_tokens)
 
     async def _pump(self, choice: Choice, emit: Emit) -> None:
         """One choice from the sequencer to its reader, in one task: nothing is handed over."""
@@ -169,7 +190,7 @@ class Answer:
         if leader is not choice:
             # The leader's prompt is in the prefix cache by then: computed once, not n times.
             await leader.started.wait()
-        tokens = self._gateway.sequencer.answer(choice.request, choice.watch)
+        tokens = self._gateway.sequencer.answer(choice.request, choice.watch, self._standing)
         async with aclosing(tokens):
             async for token in tokens:
                 delta = self._take(choice, token)
@@ -286,6 +307,24 @@ async def children() -> AsyncIterator[asyncio.TaskGroup]:
         while isinstance(first, BaseExceptionGroup):
             first = first.exceptions[0]
         raise first from None
+
+
+def _standing(ask: Ask, tenant: Tenant) -> Standing:
+    """0, which is what clients send who say nothing, is as urgent as the tenant may be at most."""
+    priority = ask.priority or max(0, tenant.priority)
+    if priority < tenant.priority:
+        raise Forbidden(
+            f"This API key may ask for priorities from {tenant.priority} on.",
+            code="priority_forbidden",
+            param="priority",
+        )
+    return Standing(tenant.name, tenant.weight, priority)
+
+
+def _fewest_tokens(ask: Ask) -> int:
+    """What the call comes to at least, as far as it shows before tokenising."""
+    prompts = [len(prompt) if isinstance(prompt, tuple) else 1 for prompt in ask.prompts] or [1]
+    return sum(prompts) + ask.n * ask.sampling.max_tokens * len(prompts)
 
 
 async def _echo(gateway: Gateway, ask: Ask, number: int, ids: tuple[int, ...]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 from typing import NamedTuple, ParamSpec, TypeVar
 
@@ -175,7 +176,8 @@ class TextPool:
         """Any other work of the kind. Raises what it raises."""
         assert self._executor is not None, "the text pool is not running"
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, partial(work, *args, **kwargs))
+        within = copy_context().run  # what it logs belongs to the request
+        return await loop.run_in_executor(self._executor, partial(within, work, *args, **kwargs))
 
 
 def encode(tokenizer: Tokenizer, ask: Ask) -> list[tuple[int, ...]]:

@@ -19,6 +19,9 @@ from tests.e2e.client import DONE, get, stream, tokens
 from tests.e2e.cluster import Process, alive, children_of, free_ports, wait_until
 from tests.e2e.test_cancel import COMPLETIONS, LONG_ANSWER
 from tests.e2e.test_launcher import STOP_S, all_dead, bad_start
+from tests.e2e.two_gateways import Streams, questions, two_gateways, undisturbed, until_both_workers
+
+LEASE_S = 12.0
 
 COUNTER = re.compile(r'http_requests_total\{gateway="(\d)",handler="/live".*\} ([0-9.]+)')
 
@@ -109,6 +112,30 @@ def test_one_that_dies_is_started_again_and_the_other_goes_on(
     )
     for _ in range(8):
         assert len(tokens(url, "baton-tiny", "Hello", max_tokens=3, ignore_eos=True)) == 3
+
+
+def test_one_is_killed_amid_its_streams_and_the_others_do_not_notice(tmp_path: Path) -> None:
+    """Its requests' blocks come back, and it gets the same workers when it returns."""
+    with two_gateways(tmp_path) as (one, other):
+        bodies = questions(20)
+        expected = undisturbed(other, bodies)
+        with ExitStack() as held:
+            for number in range(20):
+                body = {**LONG_ANSWER, "prompt": f"lost {number}"}
+                next(held.enter_context(stream(one.url, COMPLETIONS, body)))
+            streams = Streams(other, bodies)
+            one["gateway"].kill()
+        assert streams.tokens() == expected
+        other.until_idle(LEASE_S)
+        recovered = [
+            line
+            for line in str(get(other.url, "/metrics").body).splitlines()
+            if line.startswith("baton_recoveries_total{")
+        ]
+        assert recovered == [], "they were met by no loss"
+        one.gateway()
+        until_both_workers(one)
+        assert undisturbed(one, bodies[:2]) == expected[:2]
 
 
 def test_they_share_the_port_with_nobody_else(ports: list[int], tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import socket
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import aiohttp
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
@@ -18,6 +21,11 @@ from cluster.wire import inference_pb2 as wire
 from gateway import main
 from gateway.gateway import Gateway
 from tests.gateway.fakes import MODEL, FakePools, FakeSequencer, make_gateway, says, then
+
+ASK = wire.GenerateRequest(model=MODEL, prompt="Q", max_tokens=9)
+BODY = {"model": MODEL, "prompt": "Q", "max_tokens": 9, "stream": True}
+GENERATE = "/baton.v1.Inference/GenerateStream"
+GENERATE_WHOLE = "/baton.v1.Inference/Generate"
 
 
 class Members(FakePools):
@@ -40,25 +48,30 @@ class Members(FakePools):
 class Process:
     """One gateway, serving in this event loop. `gate` holds up every answer's second token."""
 
-    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shutdown_timeout: float
+    ) -> None:
         self.gate = asyncio.Event()
         self.pools = Members()
-        sequencer = FakeSequencer(then(says("abc"), self.gate, after=1))
-        self.pools.gateway = make_gateway(tmp_path, sequencer, pools=self.pools)
-        monkeypatch.setattr(main, "build", lambda *_: (self.pools.gateway, self.pools))
-        self.http_ended = asyncio.Event()
-        http_serve = main._Uvicorn.serve
-
-        async def serve(server: main._Uvicorn, sockets: list[socket.socket]) -> None:
-            await http_serve(server, sockets)
-            self.http_ended.set()
-
-        monkeypatch.setattr(main._Uvicorn, "serve", serve)
+        self.sequencer = FakeSequencer(then(says("abc"), self.gate, after=1))
+        self.gateway = make_gateway(tmp_path, self.sequencer, pools=self.pools)
+        self.pools.gateway = self.gateway
+        monkeypatch.setattr(main, "build", lambda *_: (self.gateway, self.pools))
         self.http, grpc_port = free_ports(2)
         self.address = f"127.0.0.1:{grpc_port}"
-        config = GatewayConfig(port=self.http, grpc_port=grpc_port, shutdown_timeout=1000.0)
+        config = GatewayConfig(
+            port=self.http, grpc_port=grpc_port, shutdown_timeout=shutdown_timeout
+        )
         self.stopping = asyncio.Event()
         self.serving = asyncio.create_task(main.serve(config, self.stopping))
+
+    @asynccontextmanager
+    async def callers(self) -> AsyncIterator[tuple[aiohttp.ClientSession, grpc.aio.Channel]]:
+        while not await self.answers_http():
+            await asyncio.sleep(0)
+        http = aiohttp.ClientSession(f"http://127.0.0.1:{self.http}")
+        async with http, grpc.aio.insecure_channel(self.address) as channel:
+            yield http, channel
 
     async def answers_http(self) -> bool:
         try:
@@ -71,8 +84,15 @@ class Process:
 
 
 @pytest.fixture
-async def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Process]:
-    process = Process(tmp_path, monkeypatch)
+def shutdown_timeout() -> float:
+    return 1000.0
+
+
+@pytest.fixture
+async def process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shutdown_timeout: float
+) -> AsyncIterator[Process]:
+    process = Process(tmp_path, monkeypatch, shutdown_timeout)
     yield process
     process.gate.set()
     process.stopping.set()
@@ -85,30 +105,94 @@ def free_ports(count: int) -> list[int]:
         return [server.getsockname()[1] for server in servers]
 
 
-async def test_told_to_stop_it_completes_grpc_answers(process: Process) -> None:
-    """HTTP is down before, and a health watcher, whose call has no end, holds nothing up."""
-    async with grpc.aio.insecure_channel(process.address) as channel:
+async def test_told_to_stop_it_takes_no_new_call_and_completes_the_others(process: Process) -> None:
+    """Over both doors; and a health watcher, whose call has no end, holds nothing up."""
+    async with process.callers() as (http, channel):
         watching = channel.unary_stream("/grpc.health.v1.Health/Watch")(
             health_pb2.HealthCheckRequest().SerializeToString(), wait_for_ready=True
         )
-        assert await watching.read()
-        request = wire.GenerateRequest(model=MODEL, prompt="Q", max_tokens=9)
-        call = channel.unary_stream("/baton.v1.Inference/GenerateStream")(
-            request.SerializeToString()
-        )
+        assert _status(await watching.read()) == health_pb2.HealthCheckResponse.SERVING
+        call = channel.unary_stream(GENERATE)(ASK.SerializeToString())
         answer = aiter(call)
         first = wire.GenerateResponse.FromString(await anext(answer))
         assert first.choices[0].text == "a"
-        process.stopping.set()
-        await process.http_ended.wait()
-        for _ in range(20):  # turns of the loop in which the pools could be closed too early
-            await asyncio.sleep(0)
-        process.gate.set()
-        rest = [wire.GenerateResponse.FromString(data) async for data in answer]
-        assert "".join(c.text for message in rest for c in message.choices) == "bc"
+        async with http.post("/v1/completions", json=BODY) as streamed:
+            await streamed.content.readuntil(b"\n\n")
+            process.stopping.set()
+            assert _status(await watching.read()) == health_pb2.HealthCheckResponse.NOT_SERVING
+            for path in ("/ready", "/health"):
+                async with http.get(path) as reply:
+                    assert (await reply.json())["error"]["code"] == "draining"
+            async with http.get("/live") as reply:
+                assert reply.status == 200
+            async with http.post("/v1/completions", json=BODY) as reply:
+                assert (reply.status, reply.headers["connection"]) == (503, "close")
+                assert int(reply.headers["retry-after"]) >= 1
+                assert (await reply.json())["error"]["code"] == "draining"
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await channel.unary_unary(GENERATE_WHOLE)(ASK.SerializeToString())
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+            process.gate.set()
+            rest = (await streamed.content.read()).decode()
+            assert '"text":"b"' in rest and '"text":"c"' in rest
+            assert rest.endswith("data: [DONE]\n\n")
+        told = [wire.GenerateResponse.FromString(data) async for data in answer]
+        assert "".join(c.text for message in told for c in message.choices) == "bc"
         assert await process.serving == 0
         watching.cancel()
     assert process.pools.active_at_close == 0
+
+
+@pytest.mark.parametrize("shutdown_timeout", [0.0])
+async def test_what_does_not_end_in_time_is_told_why(process: Process) -> None:
+    """A stream by its last event, whole answers and gRPC by their status; and nothing runs on."""
+    async with process.callers() as (http, channel):
+        call = channel.unary_stream(GENERATE)(ASK.SerializeToString(), wait_for_ready=True)
+        await call.read()
+        whole = asyncio.create_task(http.post("/v1/completions", json={**BODY, "stream": False}))
+        async with http.post("/v1/completions", json=BODY) as streamed:
+            await streamed.content.readuntil(b"\n\n")
+            while len(process.sequencer.open) < 3:
+                await asyncio.sleep(0)
+            process.stopping.set()
+            *_, last = (await streamed.content.read()).decode().split("\n\n")[:-1]
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "draining"
+        async with await whole as reply:
+            assert reply.status == 503 and "retry-after" in reply.headers
+            assert (await reply.json())["error"]["code"] == "draining"
+        assert await call.code() is grpc.StatusCode.UNAVAILABLE
+        assert dict(await call.trailing_metadata())["baton-code"] == "draining"
+        assert await process.serving == 0
+    assert len(process.sequencer.cancelled) == 3
+    assert process.pools.active_at_close == 0
+
+
+@pytest.mark.parametrize("shutdown_timeout", [0.0])
+async def test_a_client_that_does_not_read_cannot_hold_up_the_end(
+    process: Process, caplog: pytest.LogCaptureFixture
+) -> None:
+    process.sequencer.script = says("x" * 100_000, finish="length")
+    limits = process.gateway.limits
+    process.gateway.limits = replace(limits, max_model_len=200_000, max_prompt_tokens=200_000)
+    while not await process.answers_http():
+        await asyncio.sleep(0)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", process.http))
+        body = json.dumps({**BODY, "max_tokens": 100_000}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        client.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        while not process.sequencer.open:
+            await asyncio.sleep(0)
+        process.stopping.set()
+        assert await process.serving == 0
+    assert process.gateway.active == 0
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR], "not ended but cancelled"
+
+
+def _status(data: object) -> int:
+    assert isinstance(data, bytes)
+    return int(health_pb2.HealthCheckResponse.FromString(data).status)
 
 
 async def test_a_part_that_breaks_ends_it_and_is_told(

@@ -14,7 +14,7 @@ from cluster.messages import Token
 from gateway import validate
 from gateway.gateway import Gateway
 from gateway.keys import ANYONE, Keys
-from gateway.stream import Answer, Delta, within
+from gateway.stream import Answer, Delta
 from tests.gateway.fakes import END, MODEL, FakeSequencer, make_gateway, says, then
 
 
@@ -245,7 +245,7 @@ async def test_a_slow_reader_holds_up_the_sequencer(gateway: Gateway) -> None:
 async def test_the_time_limit_is_an_error_of_its_own(gateway: Gateway) -> None:
     sequencer(gateway).script = then(says("abc"), asyncio.Event(), after=1)
     with pytest.raises(DeadlineExceeded):
-        async with within(0.001):
+        async with gateway.calls.within(0.001):
             await (await prepared(gateway)).run(_ignore)
     assert sequencer(gateway).open == set()
 
