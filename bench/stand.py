@@ -56,11 +56,21 @@ def modes(cores: Sequence[int]) -> tuple[Mode, ...]:
 
 
 def commands(
-    mode: Mode, chunk: int, base: WorkerConfig, port: int, grpc_port: int
+    mode: Mode,
+    chunk: int,
+    base: WorkerConfig,
+    port: int,
+    grpc_port: int,
+    front: GatewayConfig | None = None,
 ) -> list[list[str]]:
-    """The arguments of every process of a mode, the gateway's first."""
-    gateway = GatewayConfig(
-        model=base.model, port=port, grpc_port=grpc_port, log_level=base.log_level
+    """The arguments of every process of a mode, the gateway's first; `front` is what else it is
+    told."""
+    gateway = replace(
+        front or GatewayConfig(),
+        model=base.model,
+        port=port,
+        grpc_port=grpc_port,
+        log_level=base.log_level,
     )
     plan = [["gateway", *flags(gateway, GatewayConfig)]]
     for number, seat in enumerate(mode.seats):
@@ -77,18 +87,40 @@ def commands(
     return plan
 
 
+@dataclass(frozen=True)
+class House:
+    """A cluster that is ready."""
+
+    url: str
+    gateway_pid: int
+
+
 @asynccontextmanager
 async def running(mode: Mode, chunk: int, base: WorkerConfig) -> AsyncIterator[str]:
     """The URL of a cluster that is ready; it ends with the block. Raises StartError."""
+    async with house(mode, chunk, base) as ready:
+        yield ready.url
+
+
+@asynccontextmanager
+async def house(
+    mode: Mode,
+    chunk: int,
+    base: WorkerConfig,
+    front: GatewayConfig | None = None,
+    api_key: str = "",
+) -> AsyncIterator[House]:
+    """A cluster that is ready; it ends with the block. `api_key` is one that `front` accepts, if it
+    asks for any. Raises StartError."""
     port, grpc_port = _free_ports(2)
     children: list[asyncio.subprocess.Process] = []
     url = f"http://127.0.0.1:{port}"
     try:
-        for arguments in commands(mode, chunk, base, port, grpc_port):
+        for arguments in commands(mode, chunk, base, port, grpc_port, front):
             # One by one: what has been started must be known here when the next one fails.
             children.append(await _start(arguments))  # noqa: PERF401
-        await _until_ready(url, len(mode.seats), children)
-        yield url
+        await _until_ready(url, len(mode.seats), children, api_key)
+        yield House(url, children[0].pid)
     finally:
         await end_all(children)
 
@@ -108,11 +140,12 @@ async def _start(arguments: list[str]) -> asyncio.subprocess.Process:
 
 
 async def _until_ready(
-    url: str, workers: int, children: Sequence[asyncio.subprocess.Process]
+    url: str, workers: int, children: Sequence[asyncio.subprocess.Process], api_key: str
 ) -> None:
     """Ask the gateway until every worker has joined. Raises StartError."""
     try:
-        async with asyncio.timeout(START_S), aiohttp.ClientSession() as client:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        async with asyncio.timeout(START_S), aiohttp.ClientSession(headers=headers) as client:
             while len((await _status(client, url)).get("workers", ())) < workers:
                 ended = [child.returncode for child in children if child.returncode is not None]
                 if ended:

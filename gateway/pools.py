@@ -141,6 +141,7 @@ class Pools:
         self._shunned: dict[tuple[Peer, Peer], int] = {}  # pairs, with beats to go
         self._changed = asyncio.Event()
         self._listener: Callable[[], None] = lambda: None
+        self._marked: tuple[Request, list[int]] | None = None
         self._draining = False
         self.lost = 0  # workers lost without having drained
 
@@ -303,7 +304,9 @@ class Pools:
         }
         if not any(free.values()):
             return None
-        marks = router.prefix_marks(request)
+        if self._marked is None or self._marked[0] is not request:  # one is asked for repeatedly
+            self._marked = request, router.prefix_marks(request)
+        marks = self._marked[1]
         route = self._pair(request, marks, free[PREFILL], of[DECODE]) or _alone(
             _cheapest(router.choose_prefill, free[BOTH], request, marks)
         )

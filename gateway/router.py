@@ -1,9 +1,9 @@
 """Which workers get a request: one small pure function per pool.
 
-A prefill worker costs the prompt tokens that are computed before ours is done: those queued, and of
-ours those that its prefix cache lacks. A decode worker costs the share of its blocks in use once
-ours is there, because that is what slows its steps and what runs out. The cheapest wins; ties go to
-the worker with fewer requests, then by name, so that a choice can be explained afterwards.
+A prefill worker costs the time until ours is done: the prompt tokens queued, and of ours those that
+its prefix cache lacks, at its measured speed. A decode worker costs the share of its blocks in use
+once ours is there, because that is what slows its steps and what runs out. The cheapest wins; ties
+go to the worker with fewer requests, then by name, so that a choice can be explained afterwards.
 """
 
 from __future__ import annotations
@@ -26,11 +26,17 @@ class View:
     used_blocks: int  # promised or owned: neither free nor merely cached
     block_size: int
     cached_prefix: int  # tokens of this prompt that it probably holds
+    speed: float = 0.0  # prompt tokens per second as measured; 0 while it is not
 
 
 def choose_prefill(workers: Iterable[View], prompt_tokens: int) -> View | None:
-    """The worker that will have read the prompt first."""
-    return min(workers, key=lambda w: (_prefill_cost(w, prompt_tokens), w.name), default=None)
+    """The worker that will have read the prompt first; one not measured yet is as fast as usual."""
+    workers = list(workers)
+    known = [worker.speed for worker in workers if worker.speed]
+    usual = sum(known) / len(known) if known else 1.0
+    return min(
+        workers, key=lambda w: (_prefill_cost(w, prompt_tokens, usual), w.name), default=None
+    )
 
 
 def choose_decode(workers: Iterable[View], prompt_tokens: int) -> View | None:
@@ -41,8 +47,9 @@ def choose_decode(workers: Iterable[View], prompt_tokens: int) -> View | None:
     return min(workers, key=lambda w: (_decode_cost(w, prompt_tokens), w.name), default=None)
 
 
-def _prefill_cost(worker: View, prompt_tokens: int) -> tuple[int, int]:
-    return worker.queued_tokens + prompt_tokens - worker.cached_prefix, worker.requests
+def _prefill_cost(worker: View, prompt_tokens: int, usual: float) -> tuple[float, int]:
+    tokens = worker.queued_tokens + prompt_tokens - worker.cached_prefix
+    return tokens / (worker.speed or usual), worker.requests
 
 
 def _decode_cost(worker: View, prompt_tokens: int) -> tuple[float, int]:

@@ -32,8 +32,8 @@ from cluster.messages import (
     Start,
     Token,
 )
-from gateway.admission import ANYBODY, Admission
-from gateway.fair import Standing
+from gateway.admission import Admission
+from gateway.fair import ANYBODY, Standing
 from gateway.pools import Member, Pools, Route
 from gateway.relay import Recovery, Relay, Watch, fail
 
@@ -91,6 +91,11 @@ class Sequencer:
     def waiting(self) -> int:
         """Requests without a first token."""
         return self._admission.waiting
+
+    @property
+    def held_back(self) -> int:
+        """Those of them that were sent to no worker yet."""
+        return self._admission.held_back
 
     def admit(self, standing: Standing, requests: int = 1) -> None:
         """For a call before it is answered. Raises Overloaded if it would wait for too long."""

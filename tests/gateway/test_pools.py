@@ -50,6 +50,32 @@ async def test_a_pair_comes_before_an_undivided_worker() -> None:
 
 
 @on_virtual_time
+async def test_who_has_enough_to_read_is_spared_by_those_who_can_wait() -> None:
+    cluster = Scripted()
+    prefill, _ = cluster.pair()
+    prefill.reading.add("other", 10**6, 0.0)
+    assert cluster.pools.route(ASK, paced=True) is not None, "a short one is let by"
+    for number in range(100):
+        prefill.reading.add(f"{number}", len(ASK.tokens), 0.0)
+    assert cluster.pools.route(ASK, paced=True) is None, "no decode worker reads for it"
+    assert names(cluster.pools.route(ASK)) == ("p", "d")
+    cluster.add("q", PREFILL)
+    assert names(cluster.pools.route(ASK, paced=True)) == ("q", "d")
+
+
+@on_virtual_time
+async def test_readers_are_those_who_read_prompts_now() -> None:
+    cluster = Scripted()
+    assert cluster.pools.readers() == []
+    decode = cluster.add("d", DECODE)
+    assert cluster.pools.readers() == [decode]
+    both = cluster.add("b", BOTH)
+    assert cluster.pools.readers() == [both]
+    prefill = cluster.add("p", PREFILL)
+    assert cluster.pools.readers() == [prefill]
+
+
+@on_virtual_time
 async def test_one_token_needs_no_decode_worker() -> None:
     cluster = Scripted()
     cluster.add("p", PREFILL)

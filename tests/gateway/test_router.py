@@ -55,6 +55,19 @@ def test_ties_are_broken_by_requests_then_name() -> None:
     assert name(choose_prefill([other, busy], 9)) == name(choose_decode([other, busy], 9)) == "b"
 
 
+def test_prefill_goes_to_who_is_done_first_and_not_to_who_has_least() -> None:
+    fast = replace(IDLE, name="fast", queued_tokens=900, speed=1000.0)
+    slow = replace(IDLE, name="slow", queued_tokens=0, speed=100.0)
+    assert name(choose_prefill([slow, fast], 200)) == "fast"
+    assert name(choose_prefill([slow, fast], 50)) == "slow"
+
+
+def test_who_was_not_measured_yet_is_as_fast_as_the_others() -> None:
+    known = replace(IDLE, name="known", queued_tokens=100, speed=50.0)
+    assert name(choose_prefill([known, IDLE], 100)) == "a"
+    assert name(choose_prefill([known, replace(IDLE, queued_tokens=101)], 100)) == "known"
+
+
 def request(length: int, salt: bytes = b"", last: int = 0) -> Request:
     return Request("r", (*range(length - 1), last), salt=salt)
 
