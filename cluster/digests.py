@@ -54,7 +54,7 @@ def verify(directory: Path, *, weights: bool = True, skip: bool = False) -> None
         raise BadModel(f"{error.filename}: cannot be read: {error.strerror}") from None
     else:
         seconds = round(time.monotonic() - started, 3)
-        log.info("files are those of digests.json", extra={"bytes": size, "seconds": seconds})
+        log.debug("files are those of digests.json", extra={"bytes": size, "seconds": seconds})
 
 
 def _compare(directory: Path, stated: dict[str, Any], weights: bool) -> int:

@@ -81,7 +81,14 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)  # it died before we could ask
 
 
-def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int]], start_word: int = 0) -> int:
+class Stopping(asyncio.Event):
+    """Set when we are told to end. `patient`: by SIGTERM, whose sender lets running work finish;
+    who presses Ctrl-C looks on and waits."""
+
+    patient = False
+
+
+def run(main: Callable[[Stopping], Coroutine[Any, Any, int]], start_word: int = 0) -> int:
     """Run `main(stopping)` on uvloop; SIGTERM and SIGINT set `stopping`, a second one ends at once.
 
     A StartError becomes one line on stderr and exit status 78. Of processes that share the pipe
@@ -89,15 +96,16 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int]], start_word: i
     """
 
     async def with_signals() -> int:
-        stopping = asyncio.Event()
+        stopping = Stopping()
 
-        def on_signal() -> None:
+        def on_signal(number: signal.Signals) -> None:
             if stopping.is_set():
                 os._exit(130)
+            stopping.patient = number is signal.SIGTERM
             stopping.set()
 
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, on_signal)
+            asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
         return await main(stopping)
 
     try:

@@ -107,7 +107,7 @@ class Launcher:
         self._running: dict[str, asyncio.subprocess.Process] = {}
         self._url = f"{config.scheme}://{config.host}:{config.port}"
 
-    async def serve(self, stopping: asyncio.Event) -> int:
+    async def serve(self, stopping: process.Stopping) -> int:
         """The exit status. Raises StartError if anything ends before all is ready.
 
         If a child could not start, one has said why, and nothing more is said.
@@ -153,8 +153,15 @@ class Launcher:
                 task.cancel()
             if door is not None:
                 door.close()  # before the gateways close theirs: nobody is to wait in a queue
-            await end_all(self._running.values())
+            await self._end(config.shutdown_timeout if stopping.patient else 0)
             os.close(word)
+
+    async def _end(self, patience: float) -> None:
+        """With patience the gateways first: what runs has so long to finish."""
+        if patience:
+            gateways = [c for name, c in self._running.items() if name.startswith("gateway")]
+            await end_all(gateways, patience + STOP_S)
+        await end_all(self._running.values())
 
     async def _start(self, child: Child, word: int = 0) -> None:
         self._running[child.name] = await asyncio.create_subprocess_exec(
@@ -233,13 +240,13 @@ class Launcher:
         )
 
 
-async def end_all(children: Iterable[asyncio.subprocess.Process]) -> None:
-    """SIGTERM to all; SIGKILL to whoever is left after STOP_S. None lives on."""
+async def end_all(children: Iterable[asyncio.subprocess.Process], limit: float = STOP_S) -> None:
+    """SIGTERM to all; SIGKILL to whoever is left after `limit` seconds. None lives on."""
     living = [child for child in children if child.returncode is None]
     for child in living:
         child.send_signal(signal.SIGTERM)
     try:
-        async with asyncio.timeout(STOP_S):
+        async with asyncio.timeout(limit):
             for child in living:
                 await child.wait()
     except TimeoutError:

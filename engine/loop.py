@@ -197,7 +197,8 @@ class Steps:
         The sequences of the last step are told of nothing: losing us, they go on elsewhere.
         """
         log.error("step failed", exc_info=error, extra={"sequences": len(plan.chunks)})
-        self._failures += 1
+        # One launched ahead of a step that failed says nothing new.
+        self._failures += any(not chunk.sequence.ended for chunk in plan.chunks)
         if isinstance(error, torch.AcceleratorError):
             raise Sick("the device fails") from error
         if self._failures == MOST_FAILURES:

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.config import GatewayConfig, ServeConfig, WorkerConfig, load
 from cluster.errors import StartError
-from cluster.process import EXIT_SICK, EXIT_START
+from cluster.process import EXIT_SICK, EXIT_START, Stopping
 from deploy.door import Door
 from deploy.launcher import Child, Launcher, children, end_all, main
 from tests import virtual
@@ -95,7 +95,7 @@ async def test_a_bad_start_is_told_in_one_line(
 ) -> None:
     """The gateway and both workers hit upon it, and the launcher adds nothing."""
     missing = str(tmp_path / "missing")
-    assert await Launcher(ServeConfig(model=missing)).serve(asyncio.Event()) == EXIT_START
+    assert await Launcher(ServeConfig(model=missing)).serve(Stopping()) == EXIT_START
     [line] = capfd.readouterr().err.splitlines()
     assert line == f"baton: model {missing}: no such directory"
 

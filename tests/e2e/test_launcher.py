@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.client import get, stream, tokens
+from tests.e2e.client import DONE, get, stream, tokens
 from tests.e2e.cluster import Process, alive, children_of, free_ports, wait_until
 from tests.e2e.conftest import Checkpoint
 from tests.e2e.test_cancel import COMPLETIONS, LONG_ANSWER
@@ -88,6 +88,18 @@ def test_start_ask_interrupt(start: Start, ports: list[str]) -> None:
     assert time.monotonic() - since < STOP_S
     assert all_dead(pids)
     assert launcher.stderr == ""
+
+
+def test_a_sigterm_lets_answers_finish(start: Start, ports: list[str]) -> None:
+    launcher = start("serve", *ports)
+    pids = ready(launcher)
+    url = f"http://127.0.0.1:{ports[1]}"
+    with stream(url, COMPLETIONS, {**LONG_ANSWER, "max_tokens": 1500}) as events:
+        next(events)
+        launcher.signal(signal.SIGTERM)
+        *chunks, end = events
+    assert end == DONE and chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert launcher.wait() == 0 and all_dead(pids) and launcher.stderr == ""
 
 
 def test_a_second_interrupt_forces(start: Start, ports: list[str]) -> None:
