@@ -46,7 +46,7 @@ class Routes:
         self._gateway = gateway
 
     def add_to(self, app: FastAPI) -> None:
-        """Every route asks for the API key, as one more would; the two open ones are listed apart."""
+        """Every route asks for the API key, one more would too; the two open ones stand apart."""
         app.router.dependencies.append(Depends(self.authorize))
         for path, probe in {"/live": self.live, "/ready": self.ready}.items():
             app.add_route(path, probe, methods=["GET"])

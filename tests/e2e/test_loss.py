@@ -142,7 +142,9 @@ def test_prefill_worker_lost_after_its_part(cluster: Cluster) -> None:
             },
             id="penalties-choices",
         ),
-        pytest.param({"temperature": 0, "stop": ["\u0416\u0416", "\u00fc\u00fc"], "min_p": 0.1}, id="stop"),
+        pytest.param(
+            {"temperature": 0, "stop": ["\u0416\u0416", "\u00fc\u00fc"], "min_p": 0.1}, id="stop"
+        ),
     ],
 )
 def test_nothing_of_an_answer_changes(cluster: Cluster, asked: dict[str, Any]) -> None:
