@@ -12,7 +12,7 @@ and the manifest's count and digest are those of what was written.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -39,6 +39,8 @@ from kvtransfer.frames import (
     combined,
 )
 from kvtransfer.receiver import Arrived
+
+MOST_STARTED = 64
 
 _EVENTS = ("promised", "rearmed", "sealed", "started", "replaced", "cancelled")
 """What may happen to a landing, besides that it expires."""
@@ -100,6 +102,8 @@ class Landings:
         self._lease_s = lease_s
         self._sites: dict[str, Site] = {}  # by request id
         self._by_id: dict[str, Site] = {}  # by landing id
+        # Of landings that were started: a sender whose last chunk came late asks once more.
+        self._started: deque[Manifest] = deque(maxlen=MOST_STARTED)
 
     def __len__(self) -> int:
         return len(self._sites)
@@ -198,6 +202,8 @@ class Landings:
 
         Returns whether it is sealed, now or already.
         """
+        if manifest in self._started:
+            return True
         site = self._find(manifest.address, now)
         if site.state is LandingState.SEALED:
             _require(manifest == site.manifest, "another manifest sealed it")
@@ -227,6 +233,8 @@ class Landings:
         if site.state is not LandingState.SEALED:
             return None
         self._leave(site, LandingState.STARTED)
+        assert site.manifest is not None
+        self._started.append(site.manifest)
         self.counters["started"] += 1
         return site
 

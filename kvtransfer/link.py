@@ -229,6 +229,7 @@ class _Question:
     size: int  # bytes of credit that come back with the answer
     due: float  # when the link is lost without it
     room: Room | None = None  # to be freed with the answer: who asked has gone
+    heard: bool = False  # the answer has come, perhaps just after who asked was cancelled
 
 
 class FramedLink:
@@ -309,7 +310,7 @@ class FramedLink:
                 question = self._ask(chunk, room, digest, size)
                 answer = await question.answered
         finally:
-            if question.answered.cancelled():
+            if question.answered.cancelled() and not question.heard:
                 question.room = room
             else:
                 self._rooms.free(room)
@@ -423,6 +424,7 @@ class FramedLink:
         question = self._asked.pop(frame.serial, None)
         if question is None:
             return
+        question.heard = True
         if question.room is not None:
             self._rooms.free(question.room)
         if self._credit is not None:

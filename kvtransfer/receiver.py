@@ -166,9 +166,11 @@ class Receiver:
             log.warning("link refused: %s", reason, extra={"peer": theirs.peer.name})
             self.send(route, encode(frame.serial, Refuse(), reason.encode()))
             return
-        self._evict(theirs.peer)
-        self._strikes.pop(route, None)
-        _remember(self._links, route, _Inbound(theirs.peer))
+        link = self._links.get(route)
+        if link is None or link.peer != theirs.peer:  # else it was said twice
+            self._evict(theirs.peer)
+            self._strikes.pop(route, None)
+            _remember(self._links, route, _Inbound(theirs.peer))
         self.send(route, encode(frame.serial, Welcome(self._credit), encode_hello(self.hello)))
 
     def _evict(self, peer: Peer) -> None:

@@ -165,6 +165,18 @@ def test_a_manifest_before_the_last_chunk_is_remembered(bench: Bench) -> None:
     assert answers == [Ack()]
 
 
+def test_a_manifest_said_again_after_the_start_is_no_failure(bench: Bench) -> None:
+    """A sender whose last chunk came late does not know that this chunk has sealed the landing."""
+    writer = bench.writer()
+    for index in range(len(writer.chunks)):
+        writer.write(bench.landings, index, 0.0)
+    assert bench.landings.conclude(writer.manifest, 0.0)
+    assert bench.landings.start("r", 1) is not None
+    assert bench.landings.conclude(writer.manifest, 0.0)
+    with pytest.raises(Rejected):
+        bench.landings.conclude(replace(writer.manifest, digest=bytes(16)), 0.0)
+
+
 def test_receive_answers_each_kind_and_tells_of_the_seal_once(bench: Bench) -> None:
     writer = bench.writer()
     answers: list[tuple[Fields, str]] = []

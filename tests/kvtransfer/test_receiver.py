@@ -11,6 +11,7 @@ from cluster import metrics
 from cluster.errors import StartError
 from cluster.wire.codec import encode_hello
 from kvtransfer.frames import (
+    MAX_BODY,
     Ack,
     Address,
     Box,
@@ -27,7 +28,7 @@ from kvtransfer.frames import (
     encode,
     row_bytes,
 )
-from kvtransfer.receiver import MAX_KNOWN, MAX_STRIKES, MAX_UNANSWERED, Receiver
+from kvtransfer.receiver import MAX_HELLO_BYTES, MAX_KNOWN, MAX_STRIKES, MAX_UNANSWERED, Receiver
 from tests.kvtransfer.fakes import DECODE_PEER, LAYOUT, PREFILL_PEER, Yes, hello, prefill_hello
 
 ADDRESS = Address("ab" * 16, 1, DECODE_PEER.incarnation, 1)
@@ -66,6 +67,16 @@ def test_a_frame_of_a_greeted_link_reaches_the_stage_and_its_answer_the_sender(n
     net.take(b"r", CHUNK, b"body", serial=9)
     assert net.sent == [(b"r", 5, Welcome(1000), ""), (b"r", 9, Ack(), "")]
     assert bytes(net.stage.arrived[0].body) == b"body"
+
+
+def test_a_greeting_said_twice_ends_no_link(net: Net) -> None:
+    net.greet(b"r")
+    net.stage.silent = True
+    net.take(b"r", CHUNK, b"body", serial=9)
+    net.greet(b"r")
+    net.stage.arrived[0].reply(Ack(), "")
+    assert [sent[2] for sent in net.sent] == [Welcome(1000), Welcome(1000), Ack()]
+    assert net.receiver.counters["evicted"] == 0
 
 
 def test_strangers_reach_nothing_and_are_told(net: Net) -> None:
@@ -129,6 +140,14 @@ def test_answers_are_no_questions(net: Net, fields: Fields) -> None:
 def test_a_hello_that_is_no_hello_is_a_bad_frame(net: Net) -> None:
     net.take(b"r", Greeting(DECODE_PEER.incarnation), b"\xff\xff")
     assert net.receiver.counters["bad_frames"] == 1
+    assert net.sent == []
+
+
+def test_a_hello_beyond_all_measure_is_a_bad_frame_and_is_not_remembered(net: Net) -> None:
+    long = prefill_hello(peer=replace(PREFILL_PEER, name="p" * MAX_HELLO_BYTES))
+    net.take(b"r", Greeting(DECODE_PEER.incarnation), encode_hello(long))
+    net.take(b"r", Greeting(DECODE_PEER.incarnation), bytes(MAX_BODY))
+    assert net.receiver.counters["bad_frames"] == 2
     assert net.sent == []
 
 

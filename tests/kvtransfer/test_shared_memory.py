@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import gc
 import mmap
 import os
 import resource
@@ -210,6 +211,47 @@ async def test_a_place_outside_the_memory_is_a_bad_frame(side: Side, start: int,
         sender.place(b"\0\0\0\0", 0)  # the link lives: nine more before it is cut
         while not side.stage.arrived:
             await asyncio.sleep(0)
+
+
+async def test_memory_comes_back_when_a_cancel_and_the_answer_come_in_one_breath(
+    side: Side,
+) -> None:
+    link = await side.opened()
+    side.stage.silent = True
+    sending = asyncio.create_task(link.send(CHUNK, 1, put(b"x")))
+    while not side.stage.arrived:
+        await asyncio.sleep(0)
+    sending.cancel()  # it is told at the loop's next turn
+    [serial] = link._asked
+    link._received(list(encode(serial, Ack())))
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+    assert isinstance(link._wire, SharedMemoryWire) and link._wire._ring.taken == 0
+
+
+async def test_an_answer_that_is_none_loses_the_link_at_once(side: Side) -> None:
+    link = await side.opened()
+    side.stage.silent = True
+    sending = asyncio.create_task(link.send(CHUNK, 1, put(b"x")))
+    while not side.stage.arrived:
+        await asyncio.sleep(0)
+    (guest,) = side.host._guests.values()
+    guest.port.send(b"short")
+    with pytest.raises(WorkerLost, match="unreadable"):
+        await sending
+
+
+async def test_without_anybody_near_no_failure_is_left_unheard(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What nobody had awaited when it failed, asyncio logs as an error: one for each link."""
+    wire = SharedMemoryWire(DECODE_PEER)
+    with pytest.raises(WorkerLost):
+        await wire.open(lambda parts: None, lambda reason: None)
+    wire.close()
+    del wire
+    gc.collect()
+    assert not caplog.records
 
 
 async def test_another_length_than_the_headers_is_a_damaged_body(side: Side) -> None:
