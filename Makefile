@@ -6,13 +6,17 @@ BIN    := $(VENV)/bin
 MODEL  ?=
 ARGS   ?=
 
-.PHONY: serve test check format proto clean
+.PHONY: serve test check chaos format proto clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/baton serve $(MODEL) --die-with $$PPID $(ARGS)
 
 test: check
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+# Half an hour or more, on a machine that does nothing else; as root also partitions of the network.
+chaos: $(VENV)/.test-installed
+	$(BIN)/python -m tests.chaos
 
 check: $(VENV)/.test-installed
 	$(BIN)/ruff format --check .
