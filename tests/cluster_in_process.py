@@ -8,7 +8,7 @@ ZeroMQ, one task a worker in place of its step thread, and the model of `hash_mo
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from functools import partial
@@ -16,6 +16,7 @@ from random import Random
 from types import TracebackType
 from typing import Any
 
+from cluster.errors import BatonError, HandshakeRefused
 from cluster.messages import (
     BOTH,
     DECODE,
@@ -35,137 +36,62 @@ from engine.allocator import Allocator
 from engine.blocks import BlockPool, root_key
 from engine.cache import KVCache
 from engine.worker import TICK_S
-from gateway.pools import Pools, serve_membership
-from gateway.sequencer import Sequencer, Watch
+from gateway.pools import Pools
+from gateway.relay import Watch
+from gateway.sequencer import Sequencer
 from kvtransfer.frames import Buffer, decode
 from kvtransfer.landing import Landings
 from kvtransfer.link import FramedLink, Link
 from kvtransfer.receiver import Receiver
-from kvtransfer.sender import Sender
+from kvtransfer.sender import Carried, Handoff, Sender
 from prefill.service import Across
 from prefill.stage import HandoffEnded, PrefillStage
 from tests.hash_model import FINGERPRINT, LAYOUT, WINDOWS, HashRunner, expected
 from tests.ledger import check_ledger
+from tests.lines import LOOK_S, Connection, Line, LineWire, Membership, Process, Stream
 from tests.virtual import clock
 
 
-class Line:
-    """Delivers in order after a random delay, until it is cut."""
+class Gateway(Process):
+    """One gateway: its pools and its sequencer. `settings` are the sequencer's."""
 
-    def __init__(self, cluster: Cluster, deliver: Callable[[Any], None]) -> None:
+    def __init__(self, cluster: Cluster, name: str, settings: dict[str, Any]) -> None:
+        super().__init__(name)
         self._cluster = cluster
-        self._deliver = deliver
-        self._last = 0.0
-        self._cut = False
-        self._under_way: deque[Any] = deque()  # two timers of one instant may fire in any order
+        self.pools = Pools("hash", FINGERPRINT.config, self._connect)
+        self.sequencer = Sequencer(self.pools, clock=clock, **settings)
+        self.asking: dict[asyncio.Task[Any], None] = {}  # its clients, who die with it
+        self._watch = asyncio.create_task(self.pools.watch())
 
-    def send(self, item: Any) -> None:
-        if self._cut or self._cluster.loses(item):
+    def crash(self) -> None:
+        """As kill -9: what it had to say is not said."""
+        self.alive = False
+        self._cluster.died(self)
+        for task in self.asking:
+            task.cancel()
+        self._closing = asyncio.create_task(self.close())
+
+    async def close(self) -> None:
+        self._watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._watch
+        await self.pools.close()
+
+    async def joined(self, count: int) -> None:
+        while len(self.pools.members) < count:
+            await self.pools.changed(timeout=5)
+
+    async def _connect(self, address: str, orders: AsyncIterator[Order]) -> AsyncIterator[Report]:
+        worker = self._cluster.at[address]
+        if not worker.alive or self._cluster.cut_off(self, worker):
             return
-        self._last = max(self._last, clock() + self._cluster.delay())
-        self._under_way.append(item)
-        asyncio.get_running_loop().call_at(self._last, self._arrive)
-
-    def cut(self) -> None:
-        self._cut = True
-
-    def _arrive(self) -> None:
-        item = self._under_way.popleft()
-        if not self._cut:
-            self._deliver(item)
-
-
-class Stream:
-    """A gateway's session with a worker: orders one way, reports the other, None at the end."""
-
-    def __init__(self, cluster: Cluster, worker: Worker) -> None:
-        self._worker = worker
-        self._orders: asyncio.Queue[Order | None] = asyncio.Queue()
-        self._reports: asyncio.Queue[Report | None] = asyncio.Queue()
-        self._there = Line(cluster, self._orders.put_nowait)
-        self._back = Line(cluster, self._reports.put_nowait)
-        self._tasks: list[asyncio.Task[None]] = []
-
-    async def carry(self, orders: AsyncIterator[Order]) -> AsyncIterator[Report]:
-        """The gateway's end."""
-        tasks = [asyncio.create_task(self._send(orders)), asyncio.create_task(self._serve())]
-        self._tasks = tasks
-        self._worker.streams.append(self)
-        try:
-            while (report := await self._reports.get()) is not None:
-                yield report
-        finally:
-            self._worker.streams.remove(self)
-            tasks[0].cancel()
-            self._there.cut()
-            self._orders.put_nowait(None)
-
-    def break_off(self) -> None:
-        """The worker died: its end runs no further, the gateway's end is told."""
-        self._there.cut()
-        self._back.cut()
-        self._tasks[1].cancel()
-        self._reports.put_nowait(None)
-
-    async def _send(self, orders: AsyncIterator[Order]) -> None:
-        async for order in orders:
-            self._there.send(order)
-
-    async def _serve(self) -> None:
-        async with aclosing(self._worker.service.session(self._taken())) as reports:  # type: ignore[type-var]
+        stream = Stream(self._cluster, self, worker)
+        async with aclosing(stream.carry(orders)) as reports:  # type: ignore[type-var]
             async for report in reports:
-                self._back.send(report)
-        self._reports.put_nowait(None)
-
-    async def _taken(self) -> AsyncIterator[Order]:
-        while (order := await self._orders.get()) is not None:
-            yield order
+                yield report
 
 
-class LineWire:
-    """A Wire to a decode worker in the same process."""
-
-    def __init__(self, cluster: Cluster, worker: Worker | None) -> None:
-        self._worker = worker
-        self._route = f"{cluster.number()}".encode()
-        self._there = Line(cluster, self._arrive)
-        self._back = Line(cluster, self._answer)
-
-    async def open(
-        self, received: Callable[[list[Buffer]], None], lost: Callable[[str], None]
-    ) -> None:
-        self._received, self._lost = received, lost
-        if self._worker is None or not self._worker.alive:
-            lost("connection refused")
-        else:
-            self._worker.wires[self._route] = self
-
-    def send(self, parts: tuple[Buffer, Buffer]) -> None:
-        self._there.send([bytes(part) for part in parts])
-
-    def answer(self, parts: tuple[Buffer, Buffer]) -> None:
-        self._back.send([bytes(part) for part in parts])
-
-    def close(self) -> None:
-        """What was sent before still arrives, as it does over TCP."""
-        if self._worker is not None:
-            self._worker.wires.pop(self._route, None)
-        self._back.cut()
-
-    def fail(self) -> None:
-        self._there.cut()
-        self.close()
-        self._lost("connection lost")
-
-    def _arrive(self, parts: list[Buffer]) -> None:
-        if self._worker is not None and self._worker.alive:
-            self._worker.receiver.take(self._route, parts)
-
-    def _answer(self, parts: list[Buffer]) -> None:
-        self._received(parts)
-
-
-class Worker:
+class Worker(Process):
     """One worker: its service, its stage and, by role, its sender or receiver."""
 
     def __init__(
@@ -184,21 +110,23 @@ class Worker:
         credit: int = 1 << 16,
         caching: bool = True,
     ) -> None:
+        super().__init__(name)
         self._cluster = cluster
         self._step_s = step_s
         self.role = role
-        self.alive = True
-        self.frozen = False
         self._rejoins = True
+        self.refusals = 0
+        self.refused = False  # by every gateway
+        self._stopping: asyncio.Task[None] | None = None
+        self.leaving = False
         self.left = asyncio.Event()  # it has drained
-        self.streams: list[Stream] = []
         self.wires: dict[bytes, LineWire] = {}
         self.pool = BlockPool(blocks, block_size)
         self.allocator = Allocator(self.pool, partial(root_key, FINGERPRINT), caching)
         self.cache = KVCache(LAYOUT, blocks, block_size)
         self.runner = HashRunner(self.cache, ahead=cluster.ahead and role != PREFILL)
         peer = Peer(name, cluster.number())
-        address = f"{name}/{peer.incarnation}"
+        self.label = address = f"{name}/{peer.incarnation}"
         self.hello = Hello(
             peer,
             role,
@@ -244,22 +172,26 @@ class Worker:
                 max_sequences=max_sequences,
                 clock=clock,
             )
+        joins = [self._join(slot) for slot in range(len(cluster.gateways))]
         self._tasks = [
-            asyncio.create_task(work, name=f"{name} {work.__name__}")
-            for work in (self._steps(), self._push(), self._join(), self.service.tick(TICK_S))
+            asyncio.create_task(work)
+            for work in (self._run(), self._push(), self.service.tick(TICK_S), *joins)
         ]
 
     def post(self, order: Any) -> None:
         self._inbox.put(order)
         self._posted.set()
 
+    def crash(self) -> None:
+        """As kill -9: nothing of it runs or is answered any more."""
+        if self.alive:
+            self.alive = False
+            self._cluster.died(self)
+            self._stopping = asyncio.create_task(self._stop())
+
     async def kill(self) -> None:
-        """As kill -9 with the connections reset: nothing of it runs or is answered any more."""
-        self.alive = False
-        for stream in list(self.streams):
-            stream.break_off()
-        for wire in list(self.wires.values()):
-            wire.fail()
+        """Crash, and wait until it has."""
+        self.crash()
         await self.stop()
 
     def freeze(self) -> None:
@@ -274,19 +206,32 @@ class Worker:
         """Once lost, it does not join again."""
         self._rejoins = False
 
-    async def drain(self) -> None:
-        """As SIGTERM: returns when it has left."""
-        await self.service.drain()
+    async def drain(self, limit: float = 30.0) -> None:
+        """As SIGTERM: returns when it has left, having given back what ran longer than `limit`."""
+        self.leaving = True
+        await self.service.drain(limit)
         await asyncio.sleep(0.1)  # the grace that its server gives to streams
         await self.kill()
         self.left.set()
 
     async def stop(self) -> None:
+        """Raises what broke any part of it."""
+        self._stopping = self._stopping or asyncio.create_task(self._stop())
+        await self._stopping
+
+    async def _stop(self) -> None:
         for task in self._tasks:
             task.cancel()
         for result in await asyncio.gather(*self._tasks, return_exceptions=True):
             if isinstance(result, Exception):
                 raise result
+
+    async def _run(self) -> None:
+        """The process ends with a step loop that finds its device sick."""
+        try:
+            await self._steps()
+        except loop.Sick:
+            self.crash()
 
     async def _steps(self) -> None:
         """engine.loop.run with a task for its thread; a step's time passes before the step."""
@@ -323,31 +268,32 @@ class Worker:
         async with self.sender:
             await asyncio.Event().wait()
 
-    async def _join(self) -> None:
+    async def _join(self, slot: int) -> None:
+        """Stay a member of one gateway. Whom all of them refuse ends, as a worker process does."""
         while self._rejoins:
-            membership = serve_membership(self._cluster.pools, self._beats(), "gateway")
-            async with aclosing(membership):
-                async for _ in membership:
-                    pass
+            gateway = self._cluster.gateways[slot]
+            if gateway.alive and not self._cluster.cut_off(self, gateway):
+                try:
+                    await Membership(self._cluster, self, gateway).last()
+                except HandshakeRefused:
+                    self.refusals += 1
+                    if self.refusals == len(self._cluster.gateways):
+                        self.refused = True
+                        self.crash()
+                    return
             await asyncio.sleep(REJOIN_S)
-
-    async def _beats(self) -> AsyncIterator[Any]:
-        async with aclosing(self.service.membership()) as beats:
-            async for beat in beats:
-                while self.frozen:
-                    await asyncio.sleep(TICK_S)
-                yield beat
 
     def _connect(self, landing: Landing) -> Link:
         target = self._cluster.at.get(landing.address)
-        return FramedLink(LineWire(self._cluster, target), self.hello, landing.peer)
+        wire = LineWire(self._cluster, self, target)
+        return FramedLink(wire, self.hello, landing.peer, answer_timeout=landing.lease_s)
 
     def _answer(self, route: bytes, parts: tuple[Buffer, Buffer]) -> None:
         if route in self.wires:
             self.wires[route].answer(parts)
 
-    def _released(self, handoff: Any, error: Any, carried: Any) -> None:
-        self.post(HandoffEnded(*handoff.key, error, carried.bytes))
+    def _released(self, handoff: Handoff, error: BatonError | None, carried: Carried) -> None:
+        self.post(HandoffEnded(handoff.request_id, handoff.attempt, error, carried.bytes))
 
 
 class Cluster:
@@ -357,20 +303,26 @@ class Cluster:
     """Whether a step of a decode worker is launched before the one before it is accepted, as with a
     GPU."""
 
-    def __init__(self, seed: int = 0, *, delay_s: float = 0.002, **settings: Any) -> None:
+    def __init__(
+        self, seed: int = 0, *, delay_s: float = 0.002, gateways: int = 1, **settings: Any
+    ) -> None:
         self.random = Random(seed)
+        self.gateways: list[Gateway] = []
         self.at: dict[str, Worker] = {}  # by address
+        self.connections: list[Connection] = []
+        self.severed: set[tuple[Process, Process]] = set()  # (from, to)
         self.trace: list[tuple[float, str, str]] = []
         self.lose: Callable[[Any], bool] = lambda item: False
         self.lost: list[Any] = []
         self._delay_s = delay_s
         self._numbers = 0
+        self._count = gateways
         self._settings = settings
 
     async def __aenter__(self) -> Cluster:
-        self.pools = Pools("hash", FINGERPRINT.config, self._connect)
-        self.sequencer = Sequencer(self.pools, clock=clock, **self._settings)
-        self._watch = asyncio.create_task(self.pools.watch())
+        names = ["gateway", *(f"gateway{number}" for number in range(1, self._count))]
+        self.gateways = [self.gateway(name) for name in names]
+        self._keeping = asyncio.create_task(self._keep_alive())
         return self
 
     async def __aexit__(
@@ -379,16 +331,25 @@ class Cluster:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._watch.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._watch
-        for worker in self.workers:
+        self._keeping.cancel()
+        for worker in self.at.values():
+            alive = worker.alive
             await worker.stop()
             if error is None:
                 assert not worker.runner.faults, worker.runner.faults
-                check_ledger(worker)
-        await self.pools.close()
+                if alive:
+                    check_ledger(worker)
+        for gateway in self.gateways:
+            await gateway.close()
         await asyncio.sleep(0.1)  # sessions end
+
+    @property
+    def pools(self) -> Pools:
+        return self.gateways[0].pools
+
+    @property
+    def sequencer(self) -> Sequencer:
+        return self.gateways[0].sequencer
 
     @property
     def workers(self) -> list[Worker]:
@@ -401,13 +362,55 @@ class Cluster:
     def delay(self) -> float:
         return self.random.uniform(0, self._delay_s)
 
-    def loses(self, item: Any) -> bool:
-        if isinstance(item, list):
-            item = decode(item).fields
-        if not self.lose(item):
-            return False
-        self.lost.append(item)
-        return True
+    def fate(self, line: Line, item: Any) -> list[tuple[Any, float]]:
+        """What becomes of an item that is sent: what arrives instead of it, and for what comes out
+        of its order how late. Nothing: it is lost."""
+        said = decode(item).fields if isinstance(item, list) else item
+        if not self.lose(said):
+            return [(item, 0.0)]
+        self.lost.append(said)
+        return []
+
+    def cut_off(self, one: Process, other: Process) -> bool:
+        """Whether nothing that needs an answer moves between these two."""
+        return (
+            not (one.alive and other.alive)
+            or one.frozen
+            or other.frozen
+            or (one, other) in self.severed
+            or (other, one) in self.severed
+        )
+
+    def sever(self, one: Process, other: Process, both: bool = True) -> None:
+        """Cut the way from one to the other, and back."""
+        self.severed |= {(one, other), (other, one)} if both else {(one, other)}
+
+    def heal(self, one: Process, other: Process) -> None:
+        self.severed -= {(one, other), (other, one)}
+
+    def died(self, process: Process) -> None:
+        """Its machine resets its connections; who is cut off from it is left to find out."""
+        for connection in [c for c in self.connections if process in c.ends]:
+            one, other = connection.ends
+            if self.severed & {(one, other), (other, one)}:
+                connection.mute()
+            else:
+                connection.fail()
+
+    async def _keep_alive(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            for connection in list(self.connections):
+                if not self.cut_off(*connection.ends):
+                    connection.silent_for = 0.0
+                    continue
+                connection.silent_for += LOOK_S
+                if connection.silent_for > connection.patience:
+                    connection.fail("ping timeout")
+
+    def gateway(self, name: str) -> Gateway:
+        """A new start of it; the caller puts it into its slot of `gateways`."""
+        return Gateway(self, name, self._settings)
 
     def add(self, role: str, name: str, **options: Any) -> Worker:
         worker = Worker(self, role, name, **options)
@@ -426,8 +429,9 @@ class Cluster:
         return worker
 
     async def joined(self, count: int) -> None:
-        while len(self.pools.members) < count:
-            await self.pools.changed(timeout=5)
+        """So many workers have joined every gateway."""
+        for gateway in self.gateways:
+            await gateway.joined(count)
 
     async def ask(self, request: Request, watch: Watch | None = None) -> list[Token]:
         tokens: list[Token] = []
@@ -459,11 +463,3 @@ class Cluster:
             assert clock() - began < within, f"after {within} s still held: {self.held()}"
             await asyncio.sleep(0.01)
         return clock() - began
-
-    async def _connect(self, address: str, orders: AsyncIterator[Order]) -> AsyncIterator[Report]:
-        worker = self.at[address]
-        if not worker.alive:
-            return
-        async with aclosing(Stream(self, worker).carry(orders)) as reports:  # type: ignore[type-var]
-            async for report in reports:
-                yield report
