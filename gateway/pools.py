@@ -59,6 +59,7 @@ class Member:
     prefixes: PrefixMemory
     load: Load
     silent_beats: int = 0
+    reports: int = 0  # of its session, at our last beat
     still_beats: int = 0
     stuck_at: int | None = None  # lost before for hanging here: not used until it has moved
     suspects: set[str] = field(default_factory=set)  # requests here that a worker died with
@@ -234,6 +235,9 @@ class Pools:
         while True:
             await asyncio.sleep(BEAT_S)
             for member in self.members:
+                if member.reports != member.session.reports:
+                    member.reports = member.session.reports
+                    member.silent_beats = 0
                 member.silent_beats += 1
                 member.still_beats += 1
                 if member.silent_beats > MISSED_BEATS:

@@ -62,6 +62,7 @@ class WorkerSession:
         self.lost: BatonError | None = None
         self._call = call
         self._why = why
+        self.reports = 0  # so far: each is a sign of life
         self._orders: asyncio.Queue[Order | None] = asyncio.Queue()
         self._mailboxes: dict[str, Mailbox] = {}
 
@@ -87,6 +88,7 @@ class WorkerSession:
         """Serve until the stream ends. Whoever listens then is told WorkerLost."""
         try:
             async for report in self._call(self._outgoing()):
+                self.reports += 1
                 for event in report.events:
                     mailbox = self._mailboxes.get(event.request_id)
                     if mailbox is not None:

@@ -21,6 +21,7 @@ from engine.cache import KVCache
 from engine.layers.attention import Attend, written
 from engine.loop import Outcome
 from engine.sampler import Sampled
+from engine.sequence import Sequence
 
 LAYOUT = KVLayout((LayerGroup(2, 1, 4), LayerGroup(1, 2, 4, window=8)), "float32")
 WINDOWS = (0, 0, 8)
@@ -100,24 +101,30 @@ class HashRunner:
                 layer += 1
         last = {batch.rows_of(number).stop - 1: number for number in range(len(batch.counts))}
         contexts = [self._slots(batch, last[row]) for row in batch.sampled_rows.tolist()]
-        samplings = [sequence.request.sampling for sequence in batch.samples]
         return [
-            Sampled(next_token(self._read(slots), sampling.seed, sampling.choice), ())
-            for slots, sampling in zip(contexts, samplings, strict=True)
+            Sampled(self._next(slots, sequence), ())
+            for slots, sequence in zip(contexts, batch.samples, strict=True)
         ]
+
+    def _next(self, slots: torch.Tensor, sequence: Sequence) -> int:
+        # One that has ended is in a step launched behind the one that failed it: nobody takes this
+        # token, and the KV that the failed step did not write is not there.
+        seen = self._read(slots, strict=not sequence.ended)
+        sampling = sequence.request.sampling
+        return next_token(seen, sampling.seed, sampling.choice)
 
     def _slots(self, batch: Batch, segment: int) -> torch.Tensor:
         size = self._cache.block_size
         table = batch.block_table[segment, :, None] * size + torch.arange(size)
         return table.flatten()[: batch.lengths[segment]]
 
-    def _read(self, slots: torch.Tensor) -> list[int]:
+    def _read(self, slots: torch.Tensor, strict: bool) -> list[int]:
         """The tokens that the cache says are the context, which need not be the true ones."""
         tokens = self._cache.keys(0)[slots][:, 0, 0].to(torch.int64)
         for layer in range(LAYOUT.layers):
             content = _content(tokens, torch.arange(len(slots)), layer)[:, None]
             keys, values = self._cache.keys(layer)[slots], self._cache.values(layer)[slots]
-            if not ((keys == content).all() and (values == -content).all()):
+            if strict and not ((keys == content).all() and (values == -content).all()):
                 wrong = (keys != content).flatten(1).any(1).nonzero().flatten().tolist()
                 self.faults.append(f"layer {layer}: KV of tokens {wrong} of {len(slots)} is wrong")
         return [int(token) for token in tokens]

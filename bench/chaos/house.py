@@ -250,7 +250,7 @@ class House:
     def own_errors(self) -> list[str]:
         """What the processes logged as failures of their own, whether or not a client saw it."""
         return [
-            f"{name}: {line[:300]}"
+            f"{name}: {line if len(line) < 2000 else line[:300] + ' ... ' + line[-1700:]}"
             for name in self._commands
             for line in self._log(name).splitlines()
             if any(word in line for word in _OWN_ERRORS)

@@ -18,6 +18,7 @@ from cluster.messages import (
     Peer,
     Request,
     Sampling,
+    Token,
 )
 from gateway.pools import HELLO_S, Pools, Route, serve_membership
 from gateway.session import Mailbox
@@ -231,6 +232,21 @@ async def test_silence_is_loss() -> None:
         await asyncio.sleep(0.05)
     assert 1.25 <= clock() - began <= 1.5
     assert cluster.pools.members == [alive]
+    watching.cancel()
+
+
+@on_virtual_time
+async def test_who_reports_is_not_silent() -> None:
+    cluster = Scripted()
+    member = cluster.add("d", DECODE)
+    watching = asyncio.create_task(cluster.pools.watch())
+    await asyncio.sleep(0)
+    for _ in range(10):
+        cluster.say("d", Token("nobody's", 1, 0, 1, "length"))
+        await asyncio.sleep(0.2)
+    assert member in cluster.pools.members
+    await asyncio.sleep(1.5)
+    assert member not in cluster.pools.members
     watching.cancel()
 
 
