@@ -36,6 +36,9 @@ MISSED_BEATS = 5
 """A worker that says nothing for more than five beats of ours (1.25 to 1.5 s) is lost. Counting our
 own beats keeps a gateway that was itself stopped from losing everyone when it wakes."""
 
+TURNS = 16
+"""Of our event loop before a beat counts: what has come while it was held up is heard first."""
+
 QUIET_BEATS = 2
 
 STILL_BEATS = 11
@@ -234,6 +237,8 @@ class Pools:
         """Lose workers that have fallen silent. Runs as long as the gateway."""
         while True:
             await asyncio.sleep(BEAT_S)
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
             for member in self.members:
                 if member.reports != member.session.reports:
                     member.reports = member.session.reports
