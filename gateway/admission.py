@@ -135,7 +135,7 @@ class Admission:
     def delay(self, standing: Standing) -> float:
         """Seconds until a newcomer would be let in; 0 while too little was measured to tell."""
         ahead = self._queue.ahead(standing)
-        if not ahead:
+        if not ahead or not self._queue.waiting:
             return 0.0
         delay, readers = 0.0, self._pools.readers()
         known = [rate for member in readers if (rate := member.reading.rate)]

@@ -67,7 +67,7 @@ class Place(Generic[T]):
 
     def __init__(self, queue: FairQueue[T], standing: Standing, cost: float, tokens: int) -> None:
         self.standing = standing
-        self.cost = max(1.0, cost)
+        self.cost = float(max(1, round(cost)))  # whole: sums of them come back to nought exactly
         self.tokens = tokens
         self.rank: Rank = (True, standing.priority)
         self.stamp = 0.0

@@ -333,3 +333,26 @@ def test_every_order_of_events_ends_with_all_served(seed: int) -> None:
         assert not (queue.busy or queue._levels or queue._heap)
 
     test()
+
+
+@on_virtual_time
+async def test_what_has_waited_leaves_nothing_behind_it() -> None:
+    """Sums of fractions would: a newcomer was then told to wait behind nobody."""
+    queue: FairQueue[str] = FairQueue()
+    room: list[str] = []
+    standing = Standing("t")
+
+    async def one(cost: float) -> None:
+        with queue.place(standing, cost, 3) as place:
+            place.offer = lambda: room.pop() if room else None
+            await place.turn(10.0)
+            place.through()
+
+    tasks = [asyncio.create_task(one(10 + number / 7)) for number in range(50)]
+    await asyncio.sleep(0.1)
+    assert queue.waiting == 50 and queue.ahead(standing) > 500
+    tasks.pop(20).cancel()
+    room.extend("x" * 60)
+    queue.news()
+    await asyncio.gather(*tasks)
+    assert queue.waiting == 0 == queue.waiting_cost == queue.ahead(standing)
