@@ -118,6 +118,7 @@ class Connection:
     def __init__(self, cluster: Cluster, one: Process, other: Process) -> None:
         self.ends = one, other
         self.silent_for = 0.0
+        self._lines: list[Line] = []
         self._cluster = cluster
         cluster.connections.append(self)
 
@@ -126,11 +127,13 @@ class Connection:
     ) -> Line:
         line = Line(self._cluster, source, target, kind, deliver)
         line.connection = self
+        self._lines.append(line)
         return line
 
     def mute(self) -> None:
         """Nothing moves any more, and nobody is told."""
-        raise NotImplementedError
+        for line in self._lines:
+            line.cut()
 
     def fail(self, reason: str = "connection reset") -> None:
         """Both ends are told."""
@@ -165,10 +168,6 @@ class Stream(Connection):
             sending.cancel()
             self._back.cut()
             self._there.send(None)
-
-    def mute(self) -> None:
-        self._there.cut()
-        self._back.cut()
 
     def fail(self, reason: str = "connection reset") -> None:
         self.mute()
@@ -215,10 +214,6 @@ class Membership(Connection):
             sending.cancel()
             self._back.cut()
             self._there.send(None)
-
-    def mute(self) -> None:
-        self._there.cut()
-        self._back.cut()
 
     def fail(self, reason: str = "connection reset") -> None:
         self.mute()
@@ -288,10 +283,6 @@ class LineWire(Connection):
             self._target.wires.pop(self._route, None)
             self._back.cut()
             self.gone()
-
-    def mute(self) -> None:
-        self._there.cut()
-        self._back.cut()
 
     def fail(self, reason: str = "connection lost") -> None:
         self.mute()
