@@ -57,6 +57,7 @@ async def cancel(scene: Scene, count: int) -> Round:
         for phase in (UNANSWERED, ANSWERING, ANSWERED):
             found.facts[f"  {phase}"] = phases[phase]
         found.facts["vanished per second"] = round(count / took, 1)
+    found.require(not found.recoveries, f"moved for nothing: {dict(found.recoveries)}")
     found.judge()
     return found
 

@@ -1,7 +1,7 @@
 """chaos: `baton chaos`, a cluster of real processes that is struck while it answers.
 
 record      every ask's undisturbed answer
-rounds      kill, stop, drain, cancel, gateway, degrade; every answer compared with that
+rounds      kill, stop, drain, cancel, busy, gateway, degrade; every answer compared with that
 report      what was struck, what moved, what clients felt; exit status 1 if a promise was broken
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import aiohttp
 
-from bench.chaos import asks, book, cancel, rounds, transcript
+from bench.chaos import asks, book, busy, cancel, rounds, transcript
 from bench.chaos.house import opened
 from bench.chaos.options import ChaosOptions, Counts, parse_options
 from bench.chaos.report import Report
@@ -91,6 +91,7 @@ def plays(names: Sequence[str], counts: Counts) -> list[Play]:
         "stop": lambda scene: rounds.stop(scene, counts.short_stops, counts.long_stops),
         "drain": lambda scene: rounds.drain(scene, counts.drains * scene.house.workers()),
         "cancel": lambda scene: cancel.cancel(scene, counts.cancels),
+        "busy": lambda scene: busy.busy(scene, counts.busy_seconds),
         "gateway": lambda scene: rounds.gateway(scene, counts.gateways),
         "degrade": rounds.degrade,
     }

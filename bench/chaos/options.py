@@ -12,7 +12,7 @@ from bench.chaos.house import Plan
 from bench.options import require
 from cluster.config import BUILT_IN
 
-ROUNDS: Final = ("kill", "stop", "drain", "cancel", "gateway", "degrade")
+ROUNDS: Final = ("kill", "stop", "drain", "cancel", "busy", "gateway", "degrade")
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,20 @@ class Counts:
     long_stops: int = 1
     drains: int = 1
     cancels: int = 300
+    busy_seconds: int = 10
     gateways: int = 1
     asks: int = 12
 
 
 FULL: Final = Counts(
-    streams=1000, short_stops=20, long_stops=10, drains=10, cancels=10_000, gateways=3, asks=0
+    streams=1000,
+    short_stops=20,
+    long_stops=10,
+    drains=10,
+    cancels=10_000,
+    busy_seconds=600,
+    gateways=3,
+    asks=0,
 )
 
 
@@ -69,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", nargs="?", default="", metavar="MODEL", help="directory (default: baton-tiny)")
-    add("--full", action="store_true", help="about a quarter of an hour instead of a minute")
+    add("--full", action="store_true", help="about half an hour instead of a minute")
     add("--rounds", nargs="+", choices=ROUNDS, default=list(ROUNDS), help="default: all of them")
     for name, text in (
         ("streams", "answers under kill -9"),
@@ -77,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("long_stops", "SIGSTOPs of 3 to 5 s"),
         ("drains", "rolling restarts of all workers"),
         ("cancels", "clients that vanish"),
+        ("busy_seconds", "how long every core is kept busy"),
         ("gateways", "kills of a gateway"),
         ("asks", "different answers, 0 for all there are"),
     ):
