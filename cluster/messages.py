@@ -63,7 +63,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A worker as one start of it: the incarnation is new each time."""
+    """A worker as one start of it: the incarnation is a larger number each time."""
 
     name: str
     incarnation: int
@@ -249,8 +249,9 @@ class Token:
 class Failed:
     """The worker gave the request up and freed what it held. `code` names a class of errors.
 
-    codes: full (a landing cannot be promised now), too_large (it never can), transfer_failed,
-    lease_expired, draining, engine_error, wrong_role (a bug of the gateway's).
+    codes: full (a landing cannot be promised now), too_large (it never can), draining (nothing new
+    is taken), given_back (what was taken is not finished, since the worker ends), transfer_failed,
+    lease_expired, engine_error, wrong_role (a bug of the gateway's).
     """
 
     request_id: str

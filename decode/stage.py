@@ -331,9 +331,9 @@ class DecodeStage:
 
     def _give_back(self) -> None:
         for sequence in self._running + list(self._queue):
-            self._tell_failed(sequence.session, *sequence.key, "draining")
+            self._tell_failed(sequence.session, *sequence.key, "given_back")
         for site in self._landings.give_up():
-            self._lose(site.request.id, site.attempt, "draining")
+            self._lose(site.request.id, site.attempt, "given_back")
         self._drop(lambda sequence: True)
 
     def _lose(self, request_id: str, attempt: int, code: str) -> None:

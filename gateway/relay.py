@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 from cluster.clock import monotonic
-from cluster.errors import BadRequest, BatonError, EngineFailed, Overloaded, TransferFailed
+from cluster.errors import BadRequest, BatonError, EngineFailed, TokenLost, TransferFailed
 from cluster.lifecycle import Phase, advance
 from cluster.messages import Cancel, Event, Failed, Peer, Request, Token
 from gateway.admission import Seat
 from gateway.pools import Member, Route
-from gateway.recovery import GivenBack, Losses, TokenLost
+from gateway.recovery import GivenBack, Losses
 from gateway.session import Mailbox
 
 
@@ -141,7 +141,7 @@ class Relay:
     def accept(self, token: Token) -> Token:
         """Take it as the next one. Raises TokenLost."""
         if token.index != len(self.emitted):
-            raise TokenLost("A token of this answer got lost.")
+            raise TokenLost("A token of this answer got lost. Please try again.")
         self.emitted.append(token.token)
         return token
 
@@ -179,8 +179,6 @@ def fail(failed: Failed) -> NoReturn:
             )
         case "transfer_failed" | "lease_expired":
             raise TransferFailed("The prompt's KV cache did not arrive whole. Please try again.")
-        case "draining":
+        case "given_back":
             raise GivenBack("The worker of this request ended. Please try again.")
-        case "full":
-            raise Overloaded("No worker has room for this request now.", retry_after=1)
     raise EngineFailed("The engine could not complete this request.")

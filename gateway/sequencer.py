@@ -111,8 +111,8 @@ class Sequencer:
         """Tokens in order, the last with a finish. Closing it early cancels on all workers at once.
 
         `standing` is of a call that was admitted. Raises Overloaded, NoWorkers, BadRequest;
-        EngineFailed for a request that two workers died of; WorkerLost or TransferFailed when all
-        attempts are used up.
+        EngineFailed for a request that two workers died of; WorkerLost, TransferFailed or TokenLost
+        when all attempts are used up.
         """
         if standing is None:
             standing = ANYBODY
@@ -239,6 +239,7 @@ class Sequencer:
                     return await self._attempt(relay, route)
                 except _Refused as refusal:
                     refused.add(refusal.peer)
+                    relay.release()  # while it waits it holds nothing
                     relay.keep = None
                     if relay.phase is not Phase.QUEUED:
                         relay.to(Phase.QUEUED)

@@ -239,7 +239,7 @@ class PrefillStage:
     def _give_back(self) -> None:
         for sequence in list(self._live.values()):
             if not sequence.unwanted:
-                self._tell_failed(sequence.session, *sequence.key, "draining")
+                self._tell_failed(sequence.session, *sequence.key, "given_back")
                 self._give_up(sequence)
 
     def _drop(self, unwanted: Callable[[Sequence], bool]) -> None:

@@ -615,9 +615,44 @@ async def test_what_a_draining_worker_gives_back_moves_as_often_as_it_must() -> 
     for attempt, member in enumerate(members, 1):
         await asyncio.sleep(1)
         cluster.pools.report(member, Load(1, draining=True))
-        cluster.say(member.peer.name, Failed("r", attempt, "draining"))
+        cluster.say(member.peer.name, Failed("r", attempt, "given_back"))
     assert await answer == WHOLE
     assert {loss.cause for loss in watch.recoveries} == {"drained"} and len(watch.recoveries) == 4
+
+
+@on_virtual_time
+async def test_a_landing_given_back_is_not_the_prefill_workers_fault() -> None:
+    cluster, slow = Scripted(), [True]
+
+    def prefill(order: Order) -> list[Event]:
+        return [] if isinstance(order, Prefill) and slow.pop() else obliging(order)
+
+    cluster.add("p", PREFILL, prefill)
+    first, _ = cluster.add("d", DECODE), cluster.add("e", DECODE, up_to(7))
+    watch, answer = watched(cluster)
+    await asyncio.sleep(1)
+    slow += [False]
+    cluster.pools.report(first, Load(1, draining=True))
+    cluster.say("d", Failed("r", 1, "given_back"))
+    assert await answer == WHOLE
+    assert [(loss.phase, loss.cause) for loss in watch.recoveries] == [("prefilling", "drained")]
+    assert (watch.prefill_worker, watch.decode_worker, watch.fallback) == ("p", "e", False)
+
+
+@on_virtual_time
+async def test_who_waits_after_a_refusal_holds_no_landing() -> None:
+    cluster = Scripted()
+    _, decode = cluster.pair(prefill=without(Prefill))
+    answer = ask(cluster)
+    await asyncio.sleep(1)
+    cluster.pools.report(decode, Load(1, draining=True))  # nor does it read the prompt itself
+    cluster.say("p", Failed("r", 1, "draining"))
+    await asyncio.sleep(0.1)
+    assert cluster.cancels("d") == [Cancel("r", 1)]
+    assert all(member.session.requests == 0 for member in cluster.pools.members)
+    answer.cancel()
+    with suppress(asyncio.CancelledError):
+        await answer
 
 
 @on_virtual_time
