@@ -23,7 +23,7 @@ PROGRAMS: Final = 1056  # 8 for each of an H200's 132 multiprocessors; more only
 SCAN: Final[dict[str, Any]] = {"BLOCK": 2048, "num_warps": 4}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks_each"])
 def scan_kernel(logits, best, best_at, stride, vocab, blocks_each, BLOCK: tl.constexpr):
     """The best entry of one part of one row; +inf if the part holds a NaN or an infinity."""
     row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -49,7 +49,7 @@ def scan_kernel(logits, best, best_at, stride, vocab, blocks_each, BLOCK: tl.con
     tl.store(best_at + row * parts + part, lowest_at)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def choose_kernel(best, best_at, tokens, parts, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
@@ -88,7 +88,7 @@ def argmax(logits: Tensor) -> Tensor:
         best_at,
         tokens,
         parts,
-        BLOCK=triton.next_power_of_2(parts),
+        BLOCK=triton.next_power_of_2(blocks),  # the most there are, for any number of rows
         num_warps=1,
         enable_fp_fusion=True,
     )

@@ -29,7 +29,6 @@ Source  engine/sampler.py; Salmon et al. 2011 (Philox); Gumbel-max sampling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
 from typing import Any, Final
 
 import numpy as np
@@ -54,7 +53,6 @@ from engine.kernels.threshold import (
     weigh,
 )
 from engine.sampler import gumbel
-from engine.sequence import Sequence
 
 MAX_VOCAB: Final = 262144  # masses of so many tokens, 2^44 at most each, add up within an int64
 CAPACITY: Final = 8192  # of a row's shortlist; nuclei of language models are far smaller
@@ -142,7 +140,7 @@ def edit_kernel(logits, stride, starts, tokens, biases, divisors, penalties):
         tl.store(logits + row * stride + token, tl.where(sound, logit, raw), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_each"])
 def survey_kernel(
     logits,
     stride,
@@ -242,7 +240,7 @@ def cut_kernel(temperatures, top_ks, top_ps, log_min_ps, maxima, tops, cuts, cou
     tl.store(counts + row, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_each"])
 def shortlist_kernel(
     logits,
     stride,
@@ -294,7 +292,7 @@ def shortlist_kernel(
             tl.store(listed_ids + row * ROOM + place, at, mask=room)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def finish_kernel(
     logits,
     stride,
@@ -500,29 +498,8 @@ def sample(logits: Tensor, how: SamplingTensors) -> Tensor:
         tokens,
         parts,
         ROOM=CAPACITY,
-        PARTS=triton.next_power_of_2(parts),
+        PARTS=triton.next_power_of_2(tiles),  # the most there are, for any number of rows
         **LAUNCH["finish"],
         **EXACT,
     )
     return tokens
-
-
-def log_probabilities(logits: Tensor, sequences: Rows[Sequence]) -> Tensor | None:
-    """Those of the rows that ask for any [asking, vocab], the model's own: before `sample`, which
-    overwrites logits. None if no row asks. Plain torch: few rows ask."""
-    asking = [at for at, each in enumerate(sequences) if each.request.sampling.logprobs is not None]
-    if not asking:
-        return None
-    rows = torch.tensor(asking, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
-    return logits[rows].log_softmax(dim=-1)
-
-
-def most_likely(raw: Tensor, tokens: Tensor, alternatives: int) -> tuple[Tensor, Tensor]:
-    """(ids, log-probabilities) [asking, 1 + alternatives]: the chosen token's, then the best ones'.
-
-    `tokens` int64 [asking] are what `sample` chose for the rows of `raw`; of one that is -1 nothing
-    is meant. On the device, so that one copy to the host brings them with the tokens.
-    """
-    chosen = tokens.clamp(min=0)[:, None]
-    values, ids = raw.topk(min(alternatives, raw.shape[-1]))
-    return torch.cat((chosen, ids), dim=1), torch.cat((raw.gather(1, chosen), values), dim=1)

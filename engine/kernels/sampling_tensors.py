@@ -39,7 +39,7 @@ _DTYPES: Final[dict[str, torch.dtype]] = {
     "divisors": torch.float32,
     "penalties": torch.float32,
 }
-"""In the order of the upload: what is 8 bytes wide first, what depends on the edits last."""
+"""In the order of the upload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +79,31 @@ class SamplingTensors:
         columns = {name: [edit[at] for edit in edits] for at, name in enumerate(names)}
         lengths = {name: rows for name in _DTYPES}
         lengths |= {"starts": rows + 1} | dict.fromkeys(columns, count)
-        sizes = {name: lengths[name] * dtype.itemsize for name, dtype in _DTYPES.items()}
         pinned = torch.device(device).type == "cuda"
-        host = torch.empty(sum(sizes.values()), dtype=torch.uint8, pin_memory=pinned)
-        parts = _divide(host, sizes)
+        size = sum(_padded(lengths[name], dtype) for name, dtype in _DTYPES.items())
+        host = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        parts = _divide(host, lengths)
         for name, column in _rows(sequences).items():
             parts[name].numpy()[:] = column
         parts["starts"].numpy()[:] = np.cumsum([0, *(len(tokens) for tokens, *_ in edits)])
         for name, column in columns.items():
             np.concatenate([*column, parts[name].numpy()[:0]], out=parts[name].numpy())
-        return cls(**_divide(host.to(device, non_blocking=True), sizes))
+        return cls(**_divide(host.to(device, non_blocking=True), lengths))
 
 
-def _divide(buffer: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
-    pieces = torch.split(buffer, list(sizes.values()))
+def _divide(buffer: Tensor, lengths: dict[str, int]) -> dict[str, Tensor]:
+    """The columns, each at a multiple of 16 bytes: Triton compiles a kernel anew for pointers that
+    are not, and where they are must not depend on how many rows there are."""
+    pieces = torch.split(buffer, [_padded(lengths[name], dtype) for name, dtype in _DTYPES.items()])
     return {
-        name: piece.view(dtype)
+        name: piece.view(dtype)[: lengths[name]]
         for (name, dtype), piece in zip(_DTYPES.items(), pieces, strict=True)
     }
+
+
+def _padded(length: int, dtype: torch.dtype) -> int:
+    """Bytes, to a multiple of 16."""
+    return -(-length * dtype.itemsize // 16) * 16
 
 
 def _rows(sequences: Rows[Sequence]) -> dict[str, list[Any]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,6 @@ from engine.kernels.sampling import (
     CAPACITY,
     MAX_VOCAB,
     SamplingTensors,
-    log_probabilities,
-    most_likely,
     sample,
     sample_reference,
 )
@@ -309,19 +308,13 @@ def test_what_was_said_is_counted_once_and_forgotten_with_its_sequence() -> None
     assert not said._counts
 
 
-def test_log_probabilities_are_the_definitions() -> None:
-    rows = logits(3, 300)
-    how: list[dict[str, Any]] = [{"logprobs": 4}, {}, {"logprobs": 0, "logit_bias": ((9, 50.0),)}]
-    sequences = [sequence(seed=row, **each) for row, each in enumerate(how)]
-    expected = [made.logprobs for made in definition(rows.clone(), sequences) if made]
-    raw = log_probabilities(rows, sequences)
-    assert raw is not None and len(raw) == 2
-    tokens = sample(rows, SamplingTensors.of(sequences, "cpu"))
-    ids, values = most_likely(raw, tokens[[0, 2]], 4)
-    for row, asked in ((0, expected[0]), (1, expected[2])):
-        assert ids[row, : len(asked)].tolist() == [token for token, _ in asked]
-        assert values[row, : len(asked)].tolist() == pytest.approx([value for _, value in asked])
-    assert log_probabilities(rows, [sequence()] * 3) is None
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 17])
+def test_where_columns_begin_never_has_a_kernel_compiled_anew(rows: int) -> None:
+    sequences = [sequence(seed=row, logit_bias=((3, 1.0),)) for row in range(rows)]
+    tensors = SamplingTensors.of(sequences, "cpu")
+    for column in fields(SamplingTensors):
+        assert getattr(tensors, column.name).data_ptr() % 16 == 0, column.name
+    assert tensors.seeds.tolist() == list(range(rows)) and tensors.tokens.tolist() == [3] * rows
 
 
 def test_no_rows() -> None:
