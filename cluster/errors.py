@@ -175,8 +175,17 @@ class TransferFailed(BatonError):
     retry = True
 
 
+class TokenLost(BatonError):
+    """A token came that does not follow the one before it."""
+
+    http, grpc = 503, "UNAVAILABLE"
+    type, code = "service_unavailable", "token_lost"
+    retry = True
+
+
 class EngineFailed(BatonError):
-    """A step raised. The worker reports it for each sequence that was in the step."""
+    """A step raised. The worker reports it for each sequence that was in the step; a client is told
+    when two workers died of its request."""
 
     code = "engine_error"
 

@@ -129,11 +129,10 @@ class WorkerService:
             )
             await asyncio.sleep(HEARTBEAT_S)
 
-    async def join(self, address: str) -> None:
-        """Stay a member of the gateway at `address`, through its restarts, until we drain: one that
-        has just started could take us for our successor.
+    async def join(self, address: str, joined: Callable[[], object] = lambda: None) -> None:
+        """Stay a member of the gateway at `address`, through its restarts, until we drain.
 
-        Raises HandshakeRefused when we do not fit there.
+        `joined` is called each time it has taken us. Raises HandshakeRefused when it does not.
         """
         told = ""
         while not self._draining:
@@ -146,6 +145,7 @@ class WorkerService:
                 try:
                     async for gateway in call(self.membership()):
                         log.info("joined", extra={"gateway": gateway, "address": address})
+                        joined()
                 except grpc.aio.AioRpcError as error:
                     if error.code() in _REFUSALS:
                         raise HandshakeRefused(error.details() or "refused") from None

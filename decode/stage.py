@@ -220,9 +220,14 @@ class DecodeStage:
         now = self._clock()
         taken = len(self._running) + len(self._queue.prefilling) + len(self._landings)
         self._queue.admit(self._spare, self._max_sequences - taken)
+        running, prefilling = self._running, self._queue.prefilling
+        # With the last of its prompt under way it wants room for a next token, like who runs.
+        if read := [sequence for sequence in prefilling if sequence.pending]:
+            running = sorted([*running, *read], key=lambda s: s.arrived)
+            prefilling = [sequence for sequence in prefilling if not sequence.pending]
         plan = scheduler.plan(
-            [sequence for sequence in self._running if not sequence.full],
-            self._queue.prefilling,
+            [sequence for sequence in running if not sequence.full],
+            prefilling,
             self._pool.available,
             self._pool.block_size,
             self._budget,

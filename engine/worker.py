@@ -11,8 +11,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -47,6 +48,13 @@ if TYPE_CHECKING:  # imports triton, which a worker on the CPU has no use for
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25
+
+REFUSED_S = 5.0
+"""Until a gateway that would not have us, though others do, is asked again."""
+
+Join = Callable[[str, Callable[[], object]], Awaitable[None]]
+"""Stays a member of the gateway at an address, and calls back each time that it takes us. Raises
+HandshakeRefused when it does not."""
 
 Result = TypeVar("Result")
 
@@ -199,7 +207,7 @@ async def _live(
                 group.create_task(_watch(steps)),
                 group.create_task(service.tick(TICK_S)),
                 group.create_task(room.serve()),
-                group.create_task(stay_joined(service, config.join)),
+                group.create_task(stay_joined(service.join, config.join)),
                 *map(group.create_task, beside),
             ]
             await stopping.wait()
@@ -222,26 +230,32 @@ async def _watch(steps: asyncio.Future[None]) -> None:
         raise
 
 
-async def stay_joined(service: WorkerService, addresses: Sequence[str]) -> None:
-    """Be a member of every gateway that takes us, until we drain. Raises StartError once all have
-    refused."""
-    refusals: list[str] = []
+async def stay_joined(join: Join, addresses: Sequence[str]) -> None:
+    """Be a member of every gateway that takes us, until we drain. One that does not is asked again:
+    what it has against us may go. Raises StartError while all of them refuse."""
+    refusals: dict[str, str] = {}
 
-    async def join(address: str) -> None:
-        try:
-            await service.join(address)
-        except HandshakeRefused as error:
-            refusals.append(f"{address} refuses this worker: {error.message}")
-            if len(refusals) < len(addresses):
-                log.warning(
-                    "refused by a gateway", extra={"address": address, "reason": error.message}
-                )
+    async def stay(address: str) -> None:
+        while True:
+            try:
+                return await join(address, partial(refusals.pop, address, None))
+            except HandshakeRefused as error:
+                new = address not in refusals
+                refusals[address] = f"{address} refuses this worker: {error.message}"
+                if all(address in refusals for address in addresses):
+                    raise StartError("; ".join(refusals[one] for one in addresses)) from None
+                if new:
+                    log.warning(
+                        "refused by a gateway", extra={"address": address, "reason": error.message}
+                    )
+            await asyncio.sleep(REFUSED_S)
 
-    async with asyncio.TaskGroup() as group:
-        for address in addresses:
-            group.create_task(join(address))
-    if len(refusals) == len(addresses):
-        raise StartError("; ".join(refusals))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for address in addresses:
+                group.create_task(stay(address))
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
 
 
 def _in_thread(name: str, work: Callable[[], Result]) -> asyncio.Future[Result]:

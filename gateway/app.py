@@ -16,6 +16,7 @@ from cluster.errors import (
     BadRequest,
     BatonError,
     Draining,
+    EngineFailed,
     MethodNotAllowed,
     NotFound,
     RequestTimeout,
@@ -83,8 +84,8 @@ def error_response(error: BatonError) -> Response:
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, (Draining, *_BODY_LEFT)):
         headers["connection"] = "close"
-    if error.http == 409:
-        headers["x-should-retry"] = "false"  # OpenAI's clients would, and in vain
+    if error.http == 409 or isinstance(error, EngineFailed):
+        headers["x-should-retry"] = "false"  # OpenAI's clients would, in vain or worse
     return JSONResponse(error.body(), error.http, headers)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -38,6 +37,16 @@ own beats keeps a gateway that was itself stopped from losing everyone when it w
 
 TURNS = 16
 """Of our event loop before a beat counts: what has come while it was held up is heard first."""
+
+PATIENCE_BEATS = 6
+"""At most so many more for silence, one for each beat's time that ours have lately been late:
+what starves us of the processor starves the workers beside us, and they are not lost."""
+
+_ON_TIME_S = 0.1
+"""A busy event loop is late by as much; one that waits for a processor is late by more."""
+
+_FADES = 0.98
+"""What is left after a beat of how late we were: a third after 14 s."""
 
 QUIET_BEATS = 2
 
@@ -139,8 +148,6 @@ class Pools:
         self._connect = connect
         self._members: dict[str, Member] = {}
         self._sessions: dict[Member, asyncio.Task[None]] = {}  # a Peer may join twice
-        self._latest: dict[str, Peer] = {}  # by name, members or not
-        self._replaced: deque[Peer] = deque(maxlen=1024)
         self._stuck: dict[Peer, int] = {}
         self._shunned: dict[tuple[Peer, Peer], int] = {}  # pairs, with beats to go
         self._changed = asyncio.Event()
@@ -154,12 +161,8 @@ class Pools:
         return list(self._members.values())
 
     def join(self, hello: Hello) -> Member:
-        """Take a worker in; an older start of it is lost, for good. Raises HandshakeRefused."""
+        """Take a worker in; an older start of it is lost. Raises HandshakeRefused."""
         self._check(hello)
-        latest = self._latest.get(hello.peer.name, hello.peer)
-        if latest != hello.peer:
-            self._replaced.append(latest)
-        self._latest[hello.peer.name] = hello.peer
         older = self._members.get(hello.peer.name)
         if older is not None:
             self.leave(older, "replaced")
@@ -192,10 +195,12 @@ class Pools:
                 mine.append(("weights", other.hello.fingerprint.weights, hello.fingerprint.weights))
                 mine.append(("KV layout", other.hello.layout, hello.layout))
                 break
-        if hello.peer in self._replaced:
+        # None but one that is there, so that a clock that was set back shuts nobody out for long.
+        there = self._members.get(hello.peer.name)
+        if there is not None and there.peer.incarnation > hello.peer.incarnation:
             raise HandshakeRefused(
-                f"incarnation {hello.peer.incarnation:016x} of {hello.peer.name} was replaced by "
-                f"a newer worker of that name: give this one another --name"
+                f"a newer start of {hello.peer.name}, {there.peer.incarnation:016x}, is there and "
+                f"this one is {hello.peer.incarnation:016x}: give one of them another --name"
             )
         for what, ours, theirs in mine:
             if ours != theirs:
@@ -235,8 +240,13 @@ class Pools:
 
     async def watch(self) -> None:
         """Lose workers that have fallen silent. Runs as long as the gateway."""
+        clock = asyncio.get_running_loop().time
+        late = 0.0
         while True:
+            due = clock() + BEAT_S
             await asyncio.sleep(BEAT_S)
+            late = _FADES * late + max(0.0, clock() - due - _ON_TIME_S)
+            patience = MISSED_BEATS + min(PATIENCE_BEATS, int(late / BEAT_S))
             for _ in range(TURNS):
                 await asyncio.sleep(0)
             for member in self.members:
@@ -245,7 +255,7 @@ class Pools:
                     member.silent_beats = 0
                 member.silent_beats += 1
                 member.still_beats += 1
-                if member.silent_beats > MISSED_BEATS:
+                if member.silent_beats > patience:
                     log.warning("worker fell silent", extra={"worker": member.peer.name})
                     self.leave(member, "silent")
                 elif member.still_beats > STILL_BEATS:

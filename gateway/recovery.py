@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from cluster.errors import BatonError, EngineFailed, TransferFailed, WorkerLost
+from cluster.errors import BatonError, EngineFailed, TokenLost, TransferFailed, WorkerLost
 
 MAX_ATTEMPTS: Final = 3
 MAX_DEATHS: Final = 2
@@ -31,12 +31,6 @@ class GivenBack(BatonError):
     """A draining worker has run out of time and lets another one go on."""
 
     code = "draining"
-
-
-class TokenLost(BatonError):
-    """A token came that does not follow the one before it."""
-
-    code = "token_lost"
 
 
 def cause_of(error: BatonError) -> str:
@@ -63,7 +57,8 @@ class Losses:
         self._deaths = 0
 
     def count(self, error: BatonError, computing: bool = True) -> str:
-        """The cause. Raises what the client is told if this was once too often.
+        """The cause. Raises what the client is told if this was once too often: to try again,
+        unless two workers died of it.
 
         Without `computing` nothing of the request had been computed there: it killed nobody.
         """
@@ -75,7 +70,9 @@ class Losses:
         if self._deaths >= MAX_DEATHS:
             raise EngineFailed("The engine could not complete this request.") from error
         if self._attempts >= MAX_ATTEMPTS:
-            raise error
+            if error.retry:
+                raise error
+            raise WorkerLost("The workers of this request failed. Please try again.") from error
         return cause
 
     @property

@@ -99,8 +99,7 @@ class Relay:
     def lose(self, error: BatonError, now: float) -> str:
         """Back to the queue, to go on from what the client has. Returns the cause. Raises what ends
         the answer."""
-        computing = self.phase not in (Phase.QUEUED, Phase.PROMISING)
-        cause = self.losses.count(error, computing)
+        cause = self.losses.count(error, self._computed_by(error))
         prefill, decode = self.route.prefill, self.route.decode
         self.keep = None
         if self.phase is Phase.PREFILLING and prefill and error is prefill.session.lost:
@@ -120,6 +119,13 @@ class Relay:
         if self.phase is not Phase.QUEUED:
             self.to(Phase.QUEUED)
         return cause
+
+    def _computed_by(self, error: BatonError) -> bool:
+        """Whether whoever was lost with this error may have computed something of it."""
+        prefill, decode = self.route.prefill, self.route.decode
+        if self.phase is Phase.PREFILLING and prefill and decode:
+            return error is not decode.session.lost
+        return self.phase not in (Phase.QUEUED, Phase.PROMISING)
 
     async def next_event(self) -> Event:
         """The next event of the current attempt. Raises what befell it."""

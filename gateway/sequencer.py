@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from cluster.clock import Clock, monotonic
-from cluster.errors import BatonError, WorkerLost
+from cluster.errors import BadRequest, BatonError, NoWorkers, WorkerLost
 from cluster.lifecycle import Phase
 from cluster.messages import (
     Failed,
@@ -253,9 +253,14 @@ class Sequencer:
         route = None
         while route is None:
             avoid = refused | relay.avoid
-            route = self._pools.route(
-                relay.request, avoid, relay.keep, paced=not lost, apart=relay.losses.suspect
-            )
+            try:
+                route = self._pools.route(
+                    relay.request, avoid, relay.keep, paced=not lost, apart=relay.losses.suspect
+                )
+            except BadRequest:
+                if not lost:
+                    raise
+                raise NoWorkers("The workers that had room for this request were lost.") from None
             if route is not None:
                 relay.seat.take(route, len(relay.request.tokens))
             elif relay.keep is not None:

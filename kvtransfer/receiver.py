@@ -176,7 +176,7 @@ class Receiver:
     def _evict(self, peer: Peer) -> None:
         """End every other link of this name: the last greeting has the link.
 
-        Which of two starts is the newer one, only gateways know, so nobody is refused for good. An
+        Whether the newer of two starts is still there only gateways know, so nobody is refused. An
         old one that comes back gets no new handoffs, and landings reject what it has left.
         """
         for route, link in list(self._links.items()):

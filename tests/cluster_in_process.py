@@ -16,7 +16,7 @@ from random import Random
 from types import TracebackType
 from typing import Any
 
-from cluster.errors import BatonError, HandshakeRefused
+from cluster.errors import BatonError, StartError
 from cluster.messages import (
     BOTH,
     DECODE,
@@ -35,7 +35,7 @@ from engine import loop
 from engine.allocator import Allocator
 from engine.blocks import BlockPool, root_key
 from engine.cache import KVCache
-from engine.worker import TICK_S
+from engine.worker import TICK_S, stay_joined
 from gateway.pools import Pools
 from gateway.relay import Watch
 from gateway.sequencer import Sequencer
@@ -114,8 +114,6 @@ class Worker(Process):
         self._cluster = cluster
         self._step_s = step_s
         self.role = role
-        self._rejoins = True
-        self.refusals = 0
         self.refused = False  # by every gateway
         self._stopping: asyncio.Task[None] | None = None
         self.leaving = False
@@ -172,10 +170,9 @@ class Worker(Process):
                 max_sequences=max_sequences,
                 clock=clock,
             )
-        joins = [self._join(slot) for slot in range(len(cluster.gateways))]
         self._tasks = [
             asyncio.create_task(work)
-            for work in (self._run(), self._push(), self.service.tick(TICK_S), *joins)
+            for work in (self._run(), self._push(), self.service.tick(TICK_S), self._stay_joined())
         ]
 
     def post(self, order: Any) -> None:
@@ -201,10 +198,6 @@ class Worker(Process):
     def thaw(self) -> None:
         self.frozen = False
         self._posted.set()
-
-    def stay_away(self) -> None:
-        """Once lost, it does not join again."""
-        self._rejoins = False
 
     async def drain(self, limit: float = 30.0) -> None:
         """As SIGTERM: returns when it has left, having given back what ran longer than `limit`."""
@@ -268,19 +261,19 @@ class Worker(Process):
         async with self.sender:
             await asyncio.Event().wait()
 
-    async def _join(self, slot: int) -> None:
-        """Stay a member of one gateway. Whom all of them refuse ends, as a worker process does."""
-        while self._rejoins:
-            gateway = self._cluster.gateways[slot]
+    async def _stay_joined(self) -> None:
+        """Whom all gateways refuse ends, as a worker process does."""
+        try:
+            await stay_joined(self._join, [*map(str, range(len(self._cluster.gateways)))])
+        except StartError:
+            self.refused = True
+            self.crash()
+
+    async def _join(self, slot: str, joined: Callable[[], object]) -> None:
+        while not self.leaving:
+            gateway = self._cluster.gateways[int(slot)]
             if gateway.alive and not self._cluster.cut_off(self, gateway):
-                try:
-                    await Membership(self._cluster, self, gateway).last()
-                except HandshakeRefused:
-                    self.refusals += 1
-                    if self.refusals == len(self._cluster.gateways):
-                        self.refused = True
-                        self.crash()
-                    return
+                await Membership(self._cluster, self, gateway).last(joined)
             await asyncio.sleep(REJOIN_S)
 
     def _connect(self, landing: Landing) -> Link:

@@ -203,13 +203,14 @@ class Membership(Connection):
         self._back = self.line(gateway, worker, "welcome", self._told.put_nowait)
         self._serving = asyncio.create_task(self._serve())
 
-    async def last(self) -> None:
+    async def last(self, joined: Callable[[], object]) -> None:
         """The worker's end, until it is over. Raises HandshakeRefused."""
         sending = asyncio.create_task(self._send())
         try:
             while (told := await self._told.get()) is not None:
                 if isinstance(told, HandshakeRefused):
                     raise told
+                joined()
         finally:
             sending.cancel()
             self._back.cut()

@@ -639,7 +639,6 @@ async def test_a_new_start_under_the_same_name_evicts_the_old() -> None:
         _, old = await cluster.pair()
         answer = asyncio.create_task(cluster.check(ask_for("a", 20, max_tokens=200)))
         await asyncio.sleep(0.3)
-        old.stay_away()
         new = cluster.add(DECODE, "d")
         watch = await answer
         assert [loss.cause for loss in watch.recoveries] == ["replaced"]
@@ -647,6 +646,7 @@ async def test_a_new_start_under_the_same_name_evicts_the_old() -> None:
         await cluster.idle(within=1.0)
         await cluster.check(ask_for("b", 20))
         assert new.runner.steps
+        assert old.refused and not old.alive
 
 
 @on_virtual_time

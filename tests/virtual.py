@@ -38,6 +38,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._jump.now
 
+    def hold_up(self, seconds: float) -> None:
+        """As if a callback had taken so long, or the processor had been elsewhere."""
+        self._jump.now += seconds
+
 
 def run(main: Coroutine[Any, Any, T], limit: float = 3600.0) -> T:
     """Run to the end on virtual time. Raises TimeoutError after `limit` virtual seconds."""
@@ -63,3 +67,10 @@ def on_virtual_time(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P,
 def clock() -> float:
     """The running loop's time, for control code that takes a Clock."""
     return asyncio.get_running_loop().time()
+
+
+def hold_up(seconds: float) -> None:
+    """The running loop comes late to whatever is due next."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    loop.hold_up(seconds)

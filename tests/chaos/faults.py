@@ -116,18 +116,20 @@ class Faults:
         """No more faults; everything that was there at first is there again."""
         self.over = True
         self._cluster.severed.clear()
-        starts = Counter(worker.name for worker in self._cluster.workers)
         for worker in self._cluster.workers:
-            # Two of a name, or one that some gateway has fenced, are for an operator to end.
-            if worker.leaving or starts[worker.name] > 1 or worker.refusals:
+            if worker.leaving:
                 worker.crash()
             worker.thaw()
             worker.hung = worker.runner.explode = False
-        for name in self._slots:
-            self._start(name)
+        self.supervise()
         for slot, gateway in enumerate(self._cluster.gateways):
             if not gateway.alive:
                 self._cluster.gateways[slot] = self._cluster.gateway(gateway.name)
+
+    def supervise(self) -> None:
+        """As a launcher: whatever has ended is started again."""
+        for name in self._slots:
+            self._start(name)
 
     # Of a message: what arrives instead of it.
 

@@ -33,6 +33,8 @@ MAX_LOSSES = 2
 DEATHS = ("died", "hung", "engine")
 HARMLESS_PHASES = ("queued", "promising")
 """Nothing of a request is computed yet, so nobody can have died of it."""
+DEADLY_PHASES = ("handing_off", "decoding")
+"""Whoever is lost has computed something of it. In between, only who reads its prompt has."""
 LATE_S = 0.01
 
 
@@ -143,14 +145,11 @@ def _problems(told: Told) -> Iterator[str]:
         yield f"{len(losses)} losses, and it went on"
     if told.end in ("worker_lost", "transfer_failed", "token_lost") and len(losses) < MAX_LOSSES:
         yield f"{told.end} after {len(losses)} losses: attempts were left"
-    deaths = sum(
-        recovery.cause in DEATHS and recovery.phase not in HARMLESS_PHASES
-        for recovery in told.watch.recoveries
-    )
-    if deaths > 1:
+    died = [recovery.phase for recovery in told.watch.recoveries if recovery.cause in DEATHS]
+    if sum(phase in DEADLY_PHASES for phase in died) > 1:
         yield "two deaths, and it went on"
-    if told.end == "engine_error" and not deaths and len(losses) < MAX_LOSSES:
-        yield f"engine_error after {losses}: attempts were left"
+    if told.end == "engine_error" and not {*died} - {*HARMLESS_PHASES}:
+        yield f"engine_error after {losses}: it has not killed two"
 
 
 def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
@@ -186,15 +185,19 @@ def _known(worker: Worker) -> set[str]:
     return known
 
 
-def check_newest_serve(workers: list[Worker]) -> None:
-    """Of two starts under one name the newer one stays (fault matrix, row 22).
-
-    `workers` come in the order of their start.
-    """
-    newest = {worker.name: worker for worker in workers}
+def check_newest_serve(cluster: Cluster) -> None:
+    """Of two starts under one name the newer one stays, at every gateway (fault matrix, row 22)."""
+    newest = {worker.name: worker for worker in cluster.at.values()}  # in the order of their start
     for worker in newest.values():
         if worker.refused:
             raise Violation(f"{worker.label} was fenced in favour of an older start")
+    there = {worker.name: worker.hello.peer for worker in cluster.workers}
+    for worker in cluster.workers:
+        if there[worker.name] != worker.hello.peer:
+            raise Violation(f"{worker.label} is there beside a newer start")
+    for gateway in cluster.gateways:
+        for peer in {member.peer for member in gateway.pools.members} - {*there.values()}:
+            raise Violation(f"{gateway.name} has {peer} and not the start that is there")
 
 
 def check_nothing_left(cluster: Cluster) -> None:

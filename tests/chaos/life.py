@@ -112,8 +112,7 @@ class Life:
             await asyncio.gather(*(self._client(client) for client in scenario.clients))
             await self._heal()
             check_kv(list(cluster.at.values()))
-            if not self.faults.struck["gateway"]:  # a new one cannot know which start is the newer
-                check_newest_serve(list(cluster.at.values()))
+            check_newest_serve(cluster)
             self._check()
         return clock()
 
@@ -167,6 +166,7 @@ class Life:
                 async with asyncio.timeout(REJOIN_WITHIN_S):
                     while not self._complete(gateway.pools.members):
                         await gateway.pools.changed(timeout=REJOIN_WITHIN_S)
+                        self.faults.supervise()  # who was refused for a newer start has ended
             except TimeoutError:
                 raise Violation(f"{gateway.name} did not get all of its workers back") from None
         probes = [client for client in self.scenario.clients if client.gives_up is None][:PROBES]

@@ -106,13 +106,6 @@ def _leaving(seed: int) -> Scenario:
     return replace(scenario, clients=clients)
 
 
-def _replaced_while_away(seed: int) -> Scenario:
-    """And clients that read slowly, so that it comes back while they are there."""
-    scenario = small(seed, ROUGH, blows=(Blow(10 + seed, "unjoin"), Blow(11 + seed, "replace")))
-    clients = tuple(replace(client, pause=0.3) for client in scenario.clients)
-    return replace(scenario, clients=clients)
-
-
 @pytest.mark.parametrize(
     ("mutant", "scenario"),
     [
@@ -134,7 +127,7 @@ def _replaced_while_away(seed: int) -> Scenario:
         (mutants.handoffs_never_end, _rain(frame_lost=0.1)),
         (mutants.cancels_get_lost, _calm),
         (mutants.ended_requests_keep_their_mailboxes, _calm),
-        (mutants.a_zombie_evicts_its_successor, _replaced_while_away),
+        (mutants.a_zombie_evicts_its_successor, _one("replace")),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -322,6 +322,29 @@ def test_the_youngest_is_evicted_and_goes_on_where_it_was() -> None:
     assert room.idle
 
 
+def test_launched_ahead_a_prompt_that_ends_makes_room_for_its_next_token() -> None:
+    """The pool is full when the step behind the prompt's last one is planned."""
+    room = Room(blocks=5)
+    room.runner.ahead = True
+    old, young = ask_for("old", 8, max_tokens=8), ask_for("young", 8, max_tokens=4)
+    room.admit(old)
+    room.now = 1.0
+    room.tell(Generate(young))
+    said = room.run(30)
+    assert [token.token for token in said["old"]] == tokens_of(old)
+    assert [token.token for token in said["young"]] == expected(young)
+    assert dict(room.stage.load(1).counters)[metrics.PREEMPTIONS] == 1
+    assert room.idle
+
+
+def test_launched_ahead_nothing_is_computed_behind_the_only_token() -> None:
+    room = Room()
+    room.runner.ahead = True
+    room.tell(Generate(ask_for("one", 8, max_tokens=1)))
+    assert len(room.run(3)["one"]) == 1
+    assert room.runner.steps == [(8,)]
+
+
 def test_short_of_memory_it_lets_nobody_in_beside_those_who_run() -> None:
     room = Room()
     room.short = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from cluster.messages import DECODE, Fingerprint, Hello, KVLayout, LayerGroup, L
 from cluster.worker import WorkerService
 from engine import loop, worker
 from engine.batch import Plan
+from tests.virtual import clock, on_virtual_time
 
 HELLO = Hello(
     Peer("d", 3),
@@ -67,9 +69,10 @@ class Service(WorkerService):
         super().__init__(HELLO, inbox.put)
         self.leave = asyncio.Event()
 
-    async def join(self, address: str) -> None:
+    async def join(self, address: str, joined: Callable[[], object] = lambda: None) -> None:
         if address != "yes":
             raise HandshakeRefused("a misfit")
+        joined()
         await self.leave.wait()
         raise HandshakeRefused("no more")
 
@@ -154,6 +157,31 @@ async def test_the_only_gateway_refuses(caplog: pytest.LogCaptureFixture) -> Non
     with pytest.raises(StartError, match=r"^no refuses this worker: a misfit$"):
         await Worker(join=("no",)).live()
     assert caplog.records == []
+
+
+@on_virtual_time
+async def test_a_gateway_that_refused_is_asked_again_and_its_old_word_forgotten() -> None:
+    asked: list[tuple[float, str]] = []
+    refusing = {"a"}
+
+    async def join(address: str, joined: Callable[[], object]) -> None:
+        asked.append((clock(), address))
+        while address not in refusing:
+            joined()
+            await asyncio.sleep(1)
+        raise HandshakeRefused("a newer start is there")
+
+    staying = asyncio.create_task(worker.stay_joined(join, ["a", "b"]))
+    await asyncio.sleep(1)
+    refusing.clear()
+    await asyncio.sleep(6)
+    assert asked == [(0.0, "a"), (0.0, "b"), (worker.REFUSED_S, "a")]
+    refusing.add("b")
+    await asyncio.sleep(3)
+    assert not staying.done()
+    refusing.add("a")
+    with pytest.raises(StartError, match=r"^a refuses .*; b refuses "):
+        await staying
 
 
 async def test_nothing_of_it_is_left_when_the_drain_takes_too_long() -> None:

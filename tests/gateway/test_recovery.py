@@ -8,10 +8,11 @@ from cluster.errors import (
     EngineFailed,
     NoWorkers,
     Overloaded,
+    TokenLost,
     TransferFailed,
     WorkerLost,
 )
-from gateway.recovery import GivenBack, Losses, TokenLost
+from gateway.recovery import GivenBack, Losses
 
 DIED, SILENT = WorkerLost("gone"), WorkerLost("gone", cause="silent")
 BROKEN, GAP, ENGINE = TransferFailed("cut"), TokenLost("gap"), EngineFailed("raised")
@@ -35,6 +36,7 @@ def test_what_another_attempt_would_not_mend_ends_it(error: BatonError) -> None:
         ([DIED, DIED], ["died"], EngineFailed),
         ([ENGINE, WorkerLost("x", cause="hung")], ["engine"], EngineFailed),
         ([SILENT, ENGINE, DIED], ["silent", "engine"], EngineFailed),
+        ([SILENT, GAP, ENGINE], ["silent", "gap"], WorkerLost),
     ],
 )
 def test_three_attempts_and_two_deaths(
@@ -44,8 +46,16 @@ def test_three_attempts_and_two_deaths(
     assert not losses
     assert [losses.count(error) for error in errors[:-1]] == causes
     assert losses
-    with pytest.raises(end):
+    with pytest.raises(end) as raised:
         losses.count(errors[-1])
+    told = raised.value
+    assert type(told) is end
+    if told.retry:
+        assert (told.http, told.grpc) == (503, "UNAVAILABLE")
+    else:
+        assert (told.http, told.code) == (500, "engine_error"), (
+            "of who killed two, and only of them"
+        )
 
 
 def test_who_had_nothing_computed_killed_nobody() -> None:

@@ -571,6 +571,37 @@ async def test_who_two_workers_died_of_gets_no_third() -> None:
 
 
 @on_virtual_time
+async def test_decode_workers_that_die_while_a_prompt_is_read_elsewhere_did_not_die_of_it() -> None:
+    cluster = Scripted()
+    cluster.pair(prefill=without(Prefill))
+    cluster.add("e", DECODE)
+    watch, answer = watched(cluster)
+    await asyncio.sleep(1)
+    cluster.hang_up("d")
+    await asyncio.sleep(1)
+    assert not any(member.suspects for member in cluster.pools.members)
+    cluster.parts["p"] = obliging
+    cluster.add("f", DECODE, up_to(7))
+    cluster.hang_up("e")
+    assert await answer == WHOLE
+    assert [(loss.phase, loss.cause) for loss in watch.recoveries] == [("prefilling", "died")] * 2
+
+
+@on_virtual_time
+async def test_a_client_is_not_blamed_for_the_loss_of_the_only_worker_with_room() -> None:
+    cluster = Scripted()
+    cluster.add("p", PREFILL)
+    cluster.add("large", DECODE, up_to(4))
+    cluster.add("small", DECODE, blocks=0)
+    answer = ask(cluster, LONG)
+    await asyncio.sleep(1)
+    cluster.hang_up("large")
+    with pytest.raises(NoWorkers):
+        await answer
+    await settled(cluster)
+
+
+@on_virtual_time
 async def test_suspects_are_kept_apart_while_there_are_workers_for_it() -> None:
     cluster = Scripted()
     cluster.add("p", PREFILL)
