@@ -168,7 +168,7 @@ def run(
         sequences=1,
         tokens=options.window + 1,
         budget=budget,
-        make_runner=lambda model: Listener(model, heard),
+        make_runner=lambda model, cache: Listener(model, heard),
     )
     for ids in windows:
         engine.generate(ids, 1)

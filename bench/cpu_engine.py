@@ -73,7 +73,7 @@ class EngineHere:
         tokens: int,
         budget: int,
         block_size: int = 16,
-        make_runner: Callable[[Decoder], loop.Runner] = Runner,
+        make_runner: Callable[[Decoder, KVCache], loop.Runner] = Runner,
     ) -> None:
         torch.set_num_threads(threads)
         if native.available():
@@ -106,7 +106,7 @@ class EngineHere:
             max_sequences=sequences,
             clock=monotonic,
         )
-        self._steps = loop.Steps(self.stage, make_runner(self.model))
+        self._steps = loop.Steps(self.stage, make_runner(self.model, cache))
         self._numbers = itertools.count()
 
     def generate(self, ids: Sequence[int], count: int, logprobs: int | None = None) -> str:

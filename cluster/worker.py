@@ -70,7 +70,7 @@ class WorkerService:
 
     async def session(
         self, orders: AsyncIterator[Order], context: object = None
-    ) -> AsyncIterator[Report]:
+    ) -> AsyncGenerator[Report, None]:
         """One gateway's stream, until either side ends it. Its requests end with it."""
         session = next(self._numbers)
         reports = self._reports[session] = asyncio.Queue()
@@ -95,10 +95,11 @@ class WorkerService:
         finally:
             reports.put_nowait(Report())
 
-    def tell(self, mail: list[tuple[int, Event]], load: Load) -> None:
+    def tell(self, mail: list[tuple[int, Event]], load: Load | None) -> None:
         """What a step had to say: one report for each gateway concerned."""
-        self.load = replace(load, draining=self._draining)
-        self._told.set()
+        if load is not None:
+            self.load = replace(load, draining=self._draining)
+            self._told.set()
         by_session: dict[int, list[Event]] = defaultdict(list)
         for session, event in mail:
             by_session[session].append(event)

@@ -72,12 +72,17 @@ class Batch:
         counts = np.array([chunk.count for chunk in plan.chunks])
         computed = np.array([sequence.computed for sequence in sequences])
         contexts = computed + counts
-        starts = np.zeros(len(counts) + 1, dtype=np.int64)
-        np.cumsum(counts, out=starts[1:])
         table = _block_table(sequences, contexts, cache.block_size)
+        single = _leading_ones(plan)
         # A row's place in its segment, then in its sequence, then in the cache.
-        positions = np.arange(starts[-1]) + np.repeat(computed - starts[:-1], counts)
-        segment = np.repeat(np.arange(len(counts)), counts)
+        if single == len(sequences):  # most steps: a row each
+            starts = np.arange(single + 1)
+            segment, positions = starts[:-1], computed
+        else:
+            starts = np.zeros(len(counts) + 1, dtype=np.int64)
+            np.cumsum(counts, out=starts[1:])
+            segment = np.repeat(np.arange(len(counts)), counts)
+            positions = np.arange(starts[-1]) + np.repeat(computed - starts[:-1], counts)
         blocks = table[segment, positions // cache.block_size].astype(np.int64)
         slots = blocks * cache.block_size + positions % cache.block_size
         tokens: list[int] = []
@@ -85,7 +90,7 @@ class Batch:
             tokens += sequence.tokens[sequence.computed : stop]
         samples = [number for number, chunk in enumerate(plan.chunks) if chunk.samples]
         return cls(
-            tokens=torch.tensor(tokens),
+            tokens=torch.from_numpy(np.array(tokens, dtype=np.int64)),
             positions=torch.from_numpy(positions),
             slots=torch.from_numpy(slots),
             starts=torch.from_numpy(starts.astype(np.int32)),
@@ -95,7 +100,7 @@ class Batch:
             samples=tuple(sequences[number] for number in samples),
             counts=tuple(counts.tolist()),
             lengths=tuple(contexts.tolist()),
-            single=_leading_ones(plan),
+            single=single,
         )
 
     def on(self, **tensors: torch.Tensor) -> Batch:

@@ -197,7 +197,7 @@ async def _live(
     """Serve, then drain. Raises whatever ends a part of the worker."""
     event_loop = asyncio.get_running_loop()
 
-    def tell(mail: list[tuple[int, Event]], load: Load) -> None:
+    def tell(mail: list[tuple[int, Event]], load: Load | None) -> None:
         event_loop.call_soon_threadsafe(service.tell, mail, load)
 
     steps = _in_thread("steps", lambda: run(tell))
@@ -381,11 +381,12 @@ def _load(config: WorkerConfig, directory: Path) -> _Engine:
 
 
 def _runner(config: WorkerConfig, model: LoadedModel, parts: Parts) -> Runner | CudaRunner:
+    decodes = config.role != PREFILL
     if model.model.ops.device.type == "cpu":
-        return Runner(model.model)
+        # A prompt that is read for another worker goes out layer by layer.
+        return Runner(model.model, parts.cache if decodes else None)
     from engine.cuda import GRAPH_SIZES, CudaRunner
 
-    decodes = config.role != PREFILL
     return CudaRunner(
         model.model,
         width=-(-parts.hello.max_model_len // config.block_size),

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "kernels.h"
 #include "module.h"
 #include "pool.h"
 
@@ -352,7 +353,7 @@ void run(const Step& step, const T* keys, const T* values, int64_t sequences) {
 }  // namespace
 
 // Returns the first sequence whose context or blocks do not fit the pages, or -1.
-static int64_t attend_singles(const float* q, int64_t sequences, int64_t heads, int64_t kv_heads,
+int64_t attend_singles(const float* q, int64_t sequences, int64_t heads, int64_t kv_heads,
                               int64_t head_dim, const void* keys, const void* values,
                               int64_t page_type, int64_t stride, int64_t slots,
                               const int32_t* contexts, const int32_t* blocks, int64_t width,

@@ -11,6 +11,7 @@
 
 #include <array>
 
+#include "kernels.h"
 #include "module.h"
 #include "simd.h"
 
@@ -129,6 +130,8 @@ void linear_floats(const float* x, int64_t rows, int64_t inputs, const Weight* p
     });
 }
 
+}  // namespace
+
 void linear_float32(const float* x, int64_t rows, int64_t inputs, const float* packed,
                     int64_t outputs, const float* bias, float* out) {
     linear_floats(x, rows, inputs, packed, outputs, bias, out);
@@ -140,5 +143,3 @@ void linear_bfloat16(const float* x, int64_t rows, int64_t inputs, const bf16* p
     linear_floats(x, rows, inputs, packed, outputs, bias, out);
 }
 KERNEL(linear_bfloat16);
-
-}  // namespace

@@ -81,6 +81,12 @@ class PackedLinear(nn.Module):
         held = (self._packed, self._bias, self._scales, self._sums)
         return sum(tensor.nbytes for tensor in held)
 
+    def words(self) -> tuple[int, ...]:
+        """What a kernel that is made of others needs of it, as `Matrix` of decode_step.cpp."""
+        held = (self._packed, self._bias, self._scales, self._sums)
+        addresses = (tensor.data_ptr() for tensor in held)
+        return list(_DTYPES).index(self.storage), self.inputs, self.outputs, *addresses
+
     def fill(self, first_row: int, weight: Tensor) -> None:
         """Set rows of W, from first_row on, to weight [rows, inputs] of any float dtype."""
         rows = weight.shape[0]
@@ -158,7 +164,3 @@ class PackedLinear(nn.Module):
         addresses = (tensor.data_ptr() for tensor in where)
         kernel(ids.data_ptr(), len(ids), self.inputs, *addresses, out.data_ptr())
         return out
-
-    def dequantised(self) -> Tensor:
-        """W as it is stored, [outputs, inputs] float32. A copy."""
-        return self.rows(torch.arange(self.outputs))

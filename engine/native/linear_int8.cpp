@@ -17,6 +17,7 @@
 //         room, and partial sums would have to be integers.
 #include <array>
 
+#include "kernels.h"
 #include "linear.h"
 #include "module.h"
 #include "simd.h"
@@ -176,6 +177,8 @@ constexpr auto tiles_by_rows(std::integer_sequence<int, I...>) {
     return std::array<void (*)(const Tile&), sizeof...(I)>{run_tile<I + 1>...};
 }
 
+}  // namespace
+
 // scales, sums and bias are filled up to whole panels.
 void linear_int8(const float* x, int64_t rows, int64_t inputs, const int8_t* packed,
                  const float* scales, const int32_t* sums, int64_t outputs, const float* bias,
@@ -209,5 +212,3 @@ void linear_int8(const float* x, int64_t rows, int64_t inputs, const int8_t* pac
     });
 }
 KERNEL(linear_int8);
-
-}  // namespace

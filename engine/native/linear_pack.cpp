@@ -2,6 +2,7 @@
 //
 // Limit   a load's memory traffic; it runs once per matrix at start-up. A row is whole, so its
 //         int8 scale is known when it is packed.
+#include "kernels.h"
 #include "linear.h"
 #include "module.h"
 #include "simd.h"
@@ -108,6 +109,8 @@ void pack_int8(const void* weight, int64_t source, int64_t rows, int64_t inputs,
 }
 KERNEL(pack_int8);
 
+}  // namespace
+
 void rows_float32(const int64_t* ids, int64_t count, int64_t inputs, const float* packed,
                   float* out) {
     unpack(ids, count, inputs, packed, out);
@@ -131,5 +134,3 @@ void rows_int8(const int64_t* ids, int64_t count, int64_t inputs, const int8_t* 
     });
 }
 KERNEL(rows_int8);
-
-}  // namespace

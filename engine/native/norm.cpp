@@ -6,6 +6,7 @@
 //         between the sum and the product, so each byte crosses the memory bus once.
 // Layout  x, residual, normed [rows, hidden], weight [hidden], all float32.
 // Source  Zhang and Sennrich 2019.
+#include "kernels.h"
 #include "module.h"
 #include "rows.h"
 #include "simd.h"
@@ -52,7 +53,7 @@ static void rms_norm(const float* x, const float* weight, float* normed, int64_t
 }
 KERNEL(rms_norm);
 
-static void add_rms_norm(const float* x, float* residual, const float* weight, float* normed,
+void add_rms_norm(const float* x, float* residual, const float* weight, float* normed,
                          int64_t rows, int64_t hidden, float eps) {
     rows::parallel(rows, 2 * hidden, [=](int64_t row) {
         float* sum = residual + row * hidden;

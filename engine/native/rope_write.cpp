@@ -8,6 +8,7 @@
 //         q [rows, heads, head_dim]. keys, values [slots, kv_heads, head_dim] in the pages' type,
 //         `stride` elements from slot to slot. Weights of the norms [head_dim], or null for none.
 // Source  RoFormer (Su et al. 2021); qk-norm: Qwen3.
+#include "kernels.h"
 #include "module.h"
 #include "pages.h"
 #include "rows.h"
@@ -92,7 +93,7 @@ void write(const Step& step, T* keys, T* values) {
 }  // namespace
 
 // Returns the first row whose slot is not in [0, count), before anything is written, or -1.
-static int64_t rope_write(const float* qkv, int64_t rows, int64_t heads, int64_t kv_heads,
+int64_t rope_write(const float* qkv, int64_t rows, int64_t heads, int64_t kv_heads,
                           int64_t head_dim, const float* q_norm, const float* k_norm, float eps,
                           const float* cos, const float* sin, void* keys, void* values,
                           int64_t page_type, int64_t stride, int64_t count, const int64_t* slots,

@@ -4,6 +4,7 @@
 // Layout  gate_up [rows, 2 * inner], gates first; out [rows, inner], both float32.
 // Error   e^-x within 2 ulp, silu within 4.
 // Source  Shazeer 2020, "GLU variants improve transformer".
+#include "kernels.h"
 #include "module.h"
 #include "rows.h"
 #include "simd.h"
@@ -19,7 +20,7 @@ constexpr int64_t CUT = 4096;
 
 }  // namespace
 
-static void swiglu(const float* gate_up, float* out, int64_t rows, int64_t inner) {
+void swiglu(const float* gate_up, float* out, int64_t rows, int64_t inner) {
     const int64_t cuts = (inner + CUT - 1) / CUT;
     rows::parallel(rows * cuts, 3 * std::min(inner, CUT), [=](int64_t part) {
         const int64_t row = part / cuts, begin = part % cuts * CUT;

@@ -113,15 +113,18 @@ def test_each_order_counts_before_the_next_is_taken() -> None:
 
 def test_it_steps_while_there_is_work_and_waits_for_orders_else() -> None:
     stage, inbox = Stage(), loop.Inbox()
-    told: list[tuple[list[Any], int]] = []
+    told: list[tuple[list[Any], int | None]] = []
     quiet = threading.Event()
 
-    def tell(mail: list[Any], load: Load) -> None:
-        told.append((mail, load.progress))
-        if load.progress == 3:  # two steps, and a pass that finds nothing more to do
+    def tell(mail: list[Any], load: Load | None) -> None:
+        told.append((mail, load and load.progress))
+        if load and load.progress == 3:  # two steps, and a pass that finds nothing more to do
             quiet.set()
 
-    thread = threading.Thread(target=loop.run, args=(stage, Runner(), inbox, tell), daemon=True)
+    def run() -> None:
+        loop.run(stage, Runner(), inbox, tell, clock=lambda: 0.0)
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     inbox.put(2)
     assert quiet.wait(10)
@@ -130,8 +133,26 @@ def test_it_steps_while_there_is_work_and_waits_for_orders_else() -> None:
     inbox.put(9)  # after the end
     thread.join(10)
     assert not thread.is_alive()
-    assert told[:3] == [([("apply", 2), *STEP], 1), (STEP, 2), ([], 3)]
+    assert told[:3] == [([("apply", 2), *STEP], 1), (STEP, None), ([], 3)]
     assert ("apply", 9) not in stage.calls
+
+
+def test_a_load_is_told_now_and_then_while_steps_follow_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loop, "LOAD_S", 4.0)
+    stage, inbox, now = Stage(), loop.Inbox(), [0.0]
+    told: list[int | None] = []
+
+    def tell(mail: list[Any], load: Load | None) -> None:
+        told.append(load and load.progress)
+        now[0] += 1.0
+        if not stage.left:
+            inbox.put(loop.Stop())
+
+    inbox.put(9)
+    loop.run(stage, Runner(), inbox, tell, clock=lambda: now[0])
+    assert told == [1, None, None, None, 5, None, None, None, 9]
 
 
 class AheadStage(Stage):

@@ -13,11 +13,12 @@ from engine import sampler
 from engine.batch import Batch, Chunk, Plan
 from engine.blocks import Block
 from engine.cache import KVCache
-from engine.layers.attention import Attend, DenseCache, Write
+from engine.layers.attention import Attend, Write
 from engine.models.load import load_model
 from engine.runner import Runner
 from engine.sampler import Candidates, Noise
 from engine.sequence import Sequence
+from tests.dense_cache import DenseCache
 from tests.native import needs_native
 
 KERNELS = ["torch", pytest.param("native", marks=needs_native)]
