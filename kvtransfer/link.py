@@ -227,7 +227,7 @@ class Credit:
 class _Question:
     answered: asyncio.Future[Frame]
     size: int  # bytes of credit that come back with the answer
-    due: float  # when the link is lost without it
+    due: float  # when the link is lost without it, unless it has moved since
     room: Room | None = None  # to be freed with the answer: who asked has gone
     heard: bool = False  # the answer has come, perhaps just after who asked was cancelled
 
@@ -235,8 +235,9 @@ class _Question:
 class FramedLink:
     """A Link over any Wire. Belongs to the event loop.
 
-    One question that is not answered within `answer_timeout` seconds loses the link, and with it
-    every handoff that uses it. Another `digest` than the wire's own is for measuring what it costs.
+    A question that is not answered within `answer_timeout` seconds of being asked, or of the answer
+    to the one before it, loses the link, and with it every handoff that uses it: a line may be
+    slow, but has to move. Another `digest` than the wire's own is for measuring what it costs.
     """
 
     def __init__(
@@ -261,7 +262,8 @@ class FramedLink:
         self._opening: asyncio.Task[None] | None = None
         self._credit: Credit | None = None  # known once welcomed
         self._serials = count(1)
-        self._asked: dict[int, _Question] = {}  # in the order of asking, so of their deadlines
+        self._asked: dict[int, _Question] = {}  # in the order of asking, so of their answers
+        self._moved = 0.0  # when the oldest question was last answered
         self._deadline: asyncio.TimerHandle | None = None  # of the oldest or an older question
         self._ended: tuple[type[BatonError], str] | None = None
 
@@ -406,6 +408,7 @@ class FramedLink:
         due = next((question.due for question in self._asked.values()), None)
         if due is None:
             return
+        due = max(due, self._moved + self._answer_timeout)
         if due <= loop.time():
             self._lose(f"no answer within {self._answer_timeout} s")
         else:
@@ -421,6 +424,8 @@ class FramedLink:
         if isinstance(frame.fields, Bye):
             self._lose(_text(frame) or "said goodbye")
             return
+        if frame.serial == next(iter(self._asked), None):
+            self._moved = asyncio.get_running_loop().time()
         question = self._asked.pop(frame.serial, None)
         if question is None:
             return

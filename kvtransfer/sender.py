@@ -87,6 +87,7 @@ class _Run:
     total: int | None = None  # chunks, once everything was announced
     complete: asyncio.Event = field(default_factory=asyncio.Event)  # each of them is under way
     finished: float | None = None  # when the last announcement had come
+    deadline: asyncio.Timeout | None = None  # from then on
     task: asyncio.Task[None] | None = None
 
     @property
@@ -100,6 +101,12 @@ class _Run:
     def manifest(self) -> Manifest:
         tokens = range(self.handoff.landing.cached_tokens, self.handoff.tokens)
         return Manifest(self.address, len(self.digests), tokens, combined(self.digests.items()))
+
+    def answered(self) -> None:
+        """A chunk was: the lease begins anew, here as there."""
+        self.counted = asyncio.get_running_loop().time()
+        if self.deadline is not None and not self.deadline.expired():
+            self.deadline.reschedule(self.counted + self.handoff.landing.lease_s)
 
     def count(self) -> None:
         """To be called when `total` or `digests` has changed."""
@@ -183,7 +190,7 @@ class Sender:
             run.mail.put_nowait(announcement)
 
     def finish(self, request_id: str, attempt: int) -> None:
-        """Everything was announced. From here the lease is the deadline for all that remains."""
+        """Everything was announced. From here the lease is the deadline from answer to answer."""
         if run := self._runs.get((request_id, attempt)):
             run.finished = asyncio.get_running_loop().time()
             run.mail.put_nowait(None)
@@ -237,6 +244,7 @@ class Sender:
                             index += 1
                     assert run.finished is not None
                     deadline.reschedule(run.finished + landing.lease_s)
+                    run.deadline = deadline
                     run.total = index
                     run.count()
                 lease.cancel()
@@ -275,7 +283,7 @@ class Sender:
             run.count()
 
         await link.send(chunk, size, fill, sent)
-        run.counted = asyncio.get_running_loop().time()
+        run.answered()
         run.carried.chunks += 1
         run.carried.bytes += size
 

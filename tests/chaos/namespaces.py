@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from tests.chaos.bad_line import Weather, pumped
+
 CLONE_NEWNET = 0x40000000
 HELD = "echo; read -r line; true"
 """Says when it is there, and stays until its input ends, as it does when we do."""
@@ -124,6 +126,28 @@ class Network:
         finally:
             with self.inside("router"), suppress(subprocess.CalledProcessError):
                 _run(f"tc qdisc del dev to-{host} root")
+
+    @contextmanager
+    def bad(self, host: str, weather: Weather) -> Iterator[None]:
+        """What goes to the host and what comes from it goes through `weather`."""
+        device, table = f"bad-{host}", 100 + list(self.address).index(host)
+        address = self.address[host]
+        rules = [
+            f"pref {table} iif {device} lookup main",
+            f"pref {200 + table} to {address} lookup {table}",
+            f"pref {200 + table} from {address} lookup {table}",
+        ]
+        with ExitStack() as stack:
+            with self.inside("router"):
+                stack.enter_context(pumped(device, weather))
+                _ip(f"link set {device} up")
+                _ip(f"route add default dev {device} table {table}")
+                for rule in rules:
+                    _ip(f"rule add {rule}")
+            yield
+            with self.inside("router"):
+                for rule in rules:
+                    _ip(f"rule del {rule}")
 
 
 def _ip(command: str) -> None:

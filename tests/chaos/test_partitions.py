@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import pytest
 
 from deploy import keys
+from tests.chaos.bad_line import Weather
 from tests.chaos.namespaces import Network, why_not
 from tests.e2e.client import DONE, complete, stream
 from tests.e2e.cluster import Cluster
@@ -141,6 +142,13 @@ def test_a_decode_worker_that_the_gateway_cannot_hear(town: Town) -> None:
     assert not town.stayed
 
 
+def test_a_bad_line(town: Town) -> None:
+    """2 % lost, 2 % twice, 20 ms, out of order: right all the same."""
+    weather = Weather(seed=29)
+    town.disturbed(HANDING_OFF, lambda pair: town.network.bad(pair[-1], weather))
+    assert min(weather.lost, weather.repeated, weather.overtaken) > 0
+
+
 FULL = pytest.mark.usefixtures("only_in_full")
 WAYS = pytest.mark.parametrize("way", [1, -1], ids=["there", "back"])
 
@@ -171,3 +179,23 @@ def test_a_prefill_worker_that_the_gateway_cannot_hear(town: Town) -> None:
 @FULL
 def test_a_thin_line_only_slows_down(town: Town) -> None:
     assert town.disturbed(HANDING_OFF, lambda pair: town.network.thin(pair[-1], "8mbit")) == []
+
+
+@FULL
+@pytest.mark.parametrize("seed", range(5))
+def test_a_bad_line_only_slows_down(town: Town, seed: int) -> None:
+    weather = Weather(seed)
+    assert town.disturbed(HANDING_OFF, lambda pair: town.network.bad(pair[-1], weather)) == []
+    assert town.stayed
+
+
+@FULL
+def test_bad_lines_to_everybody(town: Town) -> None:
+    def everywhere(_: list[str]) -> ExitStack:
+        lines = ExitStack()
+        for seed, host in enumerate(HOSTS[1:]):
+            lines.enter_context(town.network.bad(host, Weather(seed)))
+        return lines
+
+    assert town.disturbed(HANDING_OFF, everywhere) == []
+    assert town.stayed

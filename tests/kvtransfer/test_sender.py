@@ -58,6 +58,7 @@ class Pair:
         self.decode = DecodeSide(decode_block, 200 // decode_block + 2, layout, gpu, **options)
         self.host = MemoryHost(self.decode.receiver)
         self.connects = 0
+        self.answer_timeout = 60.0
         count = 200 // prefill_block + 2
         self.cache = KVCache(layout, count, prefill_block, gpu=gpu)
         order = np.random.default_rng(3)
@@ -76,7 +77,7 @@ class Pair:
             MemoryWire(self.host),
             prefill_hello(layout=self.cache.layout),
             landing.peer,
-            answer_timeout=60.0,
+            answer_timeout=self.answer_timeout,
         )
 
     def release(self, handoff: Handoff, error: BatonError | None, carried: Carried) -> None:
@@ -527,6 +528,45 @@ async def test_the_lease_is_renewed_while_the_last_chunks_wait_for_credit() -> N
         while len(pair.released) < 2:
             await asyncio.sleep(0)
     assert [error for _, error, _ in pair.released] == [None, None]
+
+
+@on_virtual_time
+async def test_a_line_may_be_slow_if_it_moves() -> None:
+    """All is asked at once, and the last of it answered after several leases."""
+    pair = Pair(chunk_bytes=3000)
+    pair.decode.clock = clock
+    post, moments = pair.decode.receiver._post, [clock()]
+    async with pair.sender:
+        handoff = pair.open()
+        pair.answer_timeout = lease = handoff.landing.lease_s
+
+        def later(arrived: Arrived) -> None:
+            moments.append(max(clock(), moments[-1]) + 0.8 * lease)
+            asyncio.get_running_loop().call_at(moments[-1], post, arrived)
+
+        pair.decode.receiver._post = later
+        pair.announce_all(handoff)
+        assert await pair.outcome() is None
+    assert clock() - moments[0] > 3 * lease
+
+
+@on_virtual_time
+async def test_a_line_that_stands_still_is_lost_though_it_moved_before() -> None:
+    pair = Pair(chunk_bytes=3000)
+    post, answered = pair.decode.receiver._post, list[Arrived]()
+    async with pair.sender:
+        handoff = pair.open()
+        pair.answer_timeout = 0.5 * handoff.landing.lease_s
+
+        def once(arrived: Arrived) -> None:
+            if not answered:
+                answered.append(arrived)
+                asyncio.get_running_loop().call_later(pair.answer_timeout / 2, post, arrived)
+
+        pair.decode.receiver._post = once
+        pair.announce_all(handoff)
+        assert isinstance(await pair.outcome(), WorkerLost)
+        assert clock() == pytest.approx(1.5 * pair.answer_timeout, abs=0.1)
 
 
 async def test_after_the_last_announcement_the_lease_is_the_deadline(pair: Pair) -> None:
