@@ -21,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 import zmq
 
+from cluster.credentials import WORKER, Credentials
 from cluster.messages import Fingerprint, Hello, KVLayout, Landing, LayerGroup, Peer, Request
 from engine.blocks import BlockPool
 from engine.cache import KVCache
@@ -28,12 +29,13 @@ from engine.loop import Inbox, Stop
 from kvtransfer.frames import Ack, Buffer, Chunk, Fields, Manifest, Sealed, digest_of
 from kvtransfer.landing import Landings
 from kvtransfer.receiver import Arrived, Receiver
-from kvtransfer.shared_memory import SharedMemoryHost
+from kvtransfer.shared_memory import Bytes, SharedMemoryHost, copied
 from kvtransfer.zeromq import ZmqHost
 
 SHARED: Final = "shared memory"
 IPC: Final = "zeromq ipc"
 TCP: Final = "zeromq tcp"
+CURVE: Final = "zeromq tcp, curve"
 RAW_UNIX: Final = "raw unix socket"
 RAW_TCP: Final = "raw tcp"
 
@@ -56,11 +58,24 @@ class Settings:
     chunks: tuple[int, ...]
     checks: str = ALL
     core: int | None = None
+    keys: tuple[str, ...] = ()  # the sender's and the receiver's secret, for CURVE
 
 
 def none_of(body: Buffer) -> int:
     """The digest that is not computed."""
     return 0
+
+
+def only_copied(source: Bytes, target: Bytes) -> int:
+    """A copy without its digest."""
+    np.copyto(target, source)
+    return 0
+
+
+def credentials(settings: Settings) -> Credentials | None:
+    if not settings.keys:
+        return None
+    return Credentials(WORKER, b"", b"", b"", *(key.encode() for key in settings.keys))
 
 
 def hello(peer: Peer, role: str) -> Hello:
@@ -88,7 +103,8 @@ class End:
         digest = digest_for(settings.checks)
         receiver = Receiver(hello(self._peer, "decode"), self._inbox.put, later, 64 << 20, digest)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._host, self._near = ZmqHost(self._context, receiver), SharedMemoryHost(receiver)
+        self._host = ZmqHost(self._context, receiver, credentials(settings))
+        self._near = SharedMemoryHost(receiver, copied if settings.checks == ALL else only_copied)
         where = f"ipc://@baton-bench-{os.getpid()}"
         self._host.start(where if settings.transport == IPC else "tcp://127.0.0.1:*")
         if settings.transport == SHARED:

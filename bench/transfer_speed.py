@@ -26,6 +26,7 @@ import zmq
 from bench.transfer_end import (
     ALL,
     BLOCK,
+    CURVE,
     IPC,
     LAYOUT,
     NO_DIGEST,
@@ -35,6 +36,7 @@ from bench.transfer_end import (
     SHARED,
     TCP,
     Settings,
+    credentials,
     digest_for,
     hello,
 )
@@ -143,7 +145,7 @@ class Pusher:
         if self._settings.transport == SHARED:
             near = SharedMemoryWire(landing.peer)
             return FramedLink(near, self._hello, landing.peer, rooms=near, digest=digest)
-        wire = ZmqWire(self._context, landing.address)
+        wire = ZmqWire(self._context, landing.address, credentials(self._settings))
         return FramedLink(wire, self._hello, landing.peer, digest=digest)
 
     def _released(self, handoff: Handoff, error: BatonError | None, carried: Carried) -> None:
@@ -154,6 +156,8 @@ class Pusher:
 async def pushed(settings: Settings, cache: KVCache, rounds: int) -> list[Speed]:
     """The speeds of a transport. The first handoff of each connects and is not counted."""
     size = cache.token_bytes(range(LAYOUT.layers)) * settings.tokens
+    if settings.transport == CURVE:
+        settings = replace(settings, keys=tuple(zmq.curve_keypair()[1].decode() for _ in range(2)))
     found = []
     async with receiving(settings) as (_, process):
         for chunk in settings.chunks:
@@ -221,7 +225,7 @@ def filled(tokens: int) -> KVCache:
 
 def plan(base: Settings) -> list[Settings]:
     """What is measured, in this order: each way, then the cost of the checks at CHECKED bytes."""
-    ways = (MEMCPY, RAW_UNIX, RAW_TCP, SHARED, IPC, TCP)
+    ways = (MEMCPY, RAW_UNIX, RAW_TCP, SHARED, IPC, TCP, CURVE)
     less = [
         replace(base, transport=way, checks=checks, chunks=(CHECKED,))
         for way in (SHARED, TCP)

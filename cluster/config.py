@@ -23,6 +23,7 @@ import yaml
 from cluster.errors import StartError
 from cluster.messages import ROLES
 from cluster.model import DTYPES
+from cluster.ports import address
 
 Config = TypeVar("Config", bound="Common")
 
@@ -35,7 +36,7 @@ API_KEYS: Final = "BATON_API_KEYS"
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 MAX_BODY_BYTES: Final = 16 << 20
-"""What fits into one frame of the data plane (kvtransfer.frames.MAX_BODY), so into one chunk."""
+"""What fits into one frame of the data plane, so into one chunk."""
 
 NOT_YAML: Final = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 """What PyYAML raises for text that it cannot read: its own, and whatever a value like 2001-99-99,
@@ -44,7 +45,8 @@ NOT_YAML: Final = (yaml.YAMLError, ValueError, LookupError, AttributeError, Recu
 LONGEST_S: Final = 1_000_000
 """Eleven days. A timer beyond that is a slip, or infinity."""
 
-_KEY = re.compile(r"[\x21-\x7e]+")  # what may follow "Bearer "
+KEY: Final = re.compile(r"[\x21-\x7e]+")
+"""What an API key is: what may follow "Bearer "."""
 
 
 def option(
@@ -150,7 +152,9 @@ class GatewayConfig(Common):
     keep_alive_timeout: float = option(
         60.0, "seconds an HTTP connection is kept between requests", minimum=1, maximum=LONGEST_S
     )
-    max_connections: int = option(8192, "HTTP connections that are served at once", minimum=1)
+    max_connections: int = option(
+        8192, "connections that are served at once, at each of the ports", minimum=1
+    )
     max_connections_per_peer: int = option(
         4096, "HTTP connections from one address; a proxy in front is one address", minimum=1
     )
@@ -178,11 +182,13 @@ class GatewayConfig(Common):
         return "https" if self.ssl_certfile else "http"
 
     @property
+    def grpc_address(self) -> str:
+        return address(self.grpc_host, self.grpc_port)
+
+    @property
     def join_address(self) -> str:
         """Where workers join: with keys a port that takes nobody else, without them gRPC's."""
-        if self.keys:
-            return f"{self.join_host}:{self.join_port}"
-        return f"{self.grpc_host}:{self.grpc_port}"
+        return address(self.join_host, self.join_port) if self.keys else self.grpc_address
 
 
 @dataclass(frozen=True)
@@ -319,7 +325,7 @@ def _check_value(flag: str, value: Any, kind: Any, metadata: Mapping[str, Any]) 
     shown = "a value" if metadata["secret"] else repr(value)
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, _TYPES[kind]):
         raise StartError(f"{flag}: {shown} is not {_NAMES[kind]}")
-    if metadata["secret"] and not _KEY.fullmatch(value):
+    if metadata["secret"] and not KEY.fullmatch(value):
         raise StartError(f"{flag}: {shown} is not a key: visible ASCII characters without spaces")
     if metadata["choices"] and value not in metadata["choices"]:
         raise StartError(f"{flag}: {shown} is not one of {', '.join(metadata['choices'])}")
@@ -365,6 +371,8 @@ def _check_house(config: Common) -> None:
         raise StartError(
             f"--host: {config.host!r} is no address that others could reach: give this machine's"
         )
+    if isinstance(config, WorkerConfig) and ":" in config.host:
+        raise StartError(f"--host: {config.host!r} is IPv6: workers reach each other over IPv4")
     if isinstance(config, GatewayConfig) and not (config.api_key or config.api_key_file):
         for name in ("host", "grpc_host"):
             if not _on_loopback(getattr(config, name)):

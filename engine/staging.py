@@ -80,7 +80,13 @@ class DeviceBody:
         raise NotImplementedError
 
 
-Body = Buffer | DeviceBody
+class Digested(npt.NDArray[np.uint8]):
+    """A copy uint8 [size] on the host whose digest was found while it was made."""
+
+    digest: int
+
+
+Body = Buffer | Digested | DeviceBody
 Room = memoryview | DeviceBody
 
 

@@ -37,13 +37,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import xxhash
 
+from cluster.config import MAX_BODY_BYTES
 from cluster.errors import HandshakeRefused
 from cluster.messages import KVLayout
-from engine.staging import Body, DeviceBody
+from engine.staging import Body, DeviceBody, Digested
 
 VERSION = 1
 MAGIC = b"BATN"
-MAX_BODY = 16 << 20
+MAX_BODY = MAX_BODY_BYTES
 DTYPES = ("float32", "float16", "bfloat16")
 """A dtype's code on the wire is its place here."""
 _ITEM_BYTES = (4, 2, 2)
@@ -255,8 +256,8 @@ def row_bytes(layout: KVLayout) -> int:
 
 
 def digest_of(body: Buffer) -> int:
-    """Of a body on a device what the device found: its bytes are not here."""
-    if isinstance(body, DeviceBody):
+    """Of a body that was digested on its way here, as on a device, what was found then."""
+    if isinstance(body, DeviceBody | Digested):
         return body.digest
     return int(xxhash.xxh3_64_intdigest(body))
 

@@ -16,14 +16,16 @@ import os
 import socket
 import weakref
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 
 from cluster.messages import Peer
-from engine.staging import NOW, Mark, Room
-from kvtransfer.frames import Buffer
+from engine import native
+from engine.staging import NOW, Digested, Mark, Room
+from kvtransfer.frames import Buffer, digest_of
 from kvtransfer.near import NearHost, NearWire
 from kvtransfer.receiver import Receiver
 
@@ -36,7 +38,23 @@ KEPT = 32
 KIND = "kv"
 _OFFER, _READY = b"ring", b"ready"
 
+_SHORT = 240
+"""Bytes. Up to so many are digested by other rules than the kernel knows."""
+
 Bytes = npt.NDArray[np.uint8]
+Copying = Callable[[Bytes, Bytes], int]
+
+
+def copied(source: Bytes, target: Bytes) -> int:
+    """`source` to `target`: the digest of the copy. Without holding the interpreter's lock.
+
+    In one walk through memory where there are native kernels.
+    """
+    if source.size <= _SHORT or not native.available():
+        np.copyto(target, source)
+        return digest_of(target.data)
+    places = (array.__array_interface__["data"][0] for array in (source, target))
+    return int(native.kernels.copy_digest(*places, source.size)) & (1 << 64) - 1
 
 
 class Copies:
@@ -46,21 +64,22 @@ class Copies:
     which takes longer than the copying.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, copying: Copying) -> None:
+        self._copying = copying
         # By size in powers of two. Appended to by whichever thread drops a copy.
         self._free: dict[int, deque[Bytes]] = {}
 
-    def of(self, source: Bytes) -> memoryview:
-        """`source` as it is now. Without holding the interpreter's lock."""
+    def of(self, source: Bytes) -> Digested:
+        """`source` as it is now."""
         free = self._free.setdefault(max(1, source.size - 1).bit_length(), deque(maxlen=KEPT))
         try:
             memory = free.pop()
         except IndexError:
             memory = np.empty(1 << max(1, source.size - 1).bit_length(), dtype=np.uint8)
-        copy = memory[: source.size]
+        copy = memory[: source.size].view(Digested)
         weakref.finalize(copy, free.append, memory).atexit = False
-        np.copyto(copy, source)
-        return copy.data
+        copy.digest = self._copying(source, copy)
+        return copy
 
 
 class SharedMemoryWire(NearWire):
@@ -98,14 +117,14 @@ class SharedMemoryWire(NearWire):
 
 
 class SharedMemoryHost(NearHost[Bytes]):
-    """Maps the memory of senders."""
+    """Maps the memory of senders. Another `copying` is for measuring what the digest costs."""
 
     kind = KIND
     what = "shared memory"
 
-    def __init__(self, receiver: Receiver) -> None:
+    def __init__(self, receiver: Receiver, copying: Copying = copied) -> None:
         super().__init__(receiver)
-        self._copies = Copies()
+        self._copies = Copies(copying)
 
     def _welcome(self, connected: socket.socket) -> tuple[Bytes, bytes]:
         return _mapped(connected), _READY

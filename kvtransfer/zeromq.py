@@ -24,7 +24,6 @@ from zmq.utils.monitor import parse_monitor_message
 from cluster import metrics
 from cluster.credentials import Credentials
 from cluster.errors import StartError, WorkerLost
-from engine.staging import DeviceBody
 from kvtransfer import curve
 from kvtransfer.frames import MAX_BODY, Buffer
 from kvtransfer.receiver import Receiver
@@ -65,8 +64,8 @@ class _Port:
 
     def send(self, *parts: Buffer) -> None:
         """Raises zmq.ZMQError if it cannot be queued at once. The parts are not copied."""
-        here = [part for part in parts if not isinstance(part, DeviceBody)]
-        assert len(here) == len(parts), "a body on a device"
+        here = [part for part in parts if isinstance(part, bytes | bytearray | memoryview)]
+        assert len(here) == len(parts), "a body of another transport"
         self._socket.send_multipart(here, zmq.NOBLOCK, copy=False)
         # ZeroMQ tells of news once, and the send may have been what it told: look again.
         self._loop.call_soon(self._drain)

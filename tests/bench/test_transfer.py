@@ -12,6 +12,7 @@ from bench.client import Record
 from bench.transfer import TransferOptions, exposed_table, parse_options, save, speed_table
 from bench.transfer_end import (
     ALL,
+    CURVE,
     IPC,
     LAYOUT,
     NO_DIGEST,
@@ -68,7 +69,7 @@ class TestFlags:
 
 def test_every_way_is_measured_and_the_checks_are_left_out_one_by_one() -> None:
     planned = plan(Settings(SHARED, 64, (100, 200)))
-    ways = [MEMCPY, RAW_UNIX, RAW_TCP, SHARED, IPC, TCP]
+    ways = [MEMCPY, RAW_UNIX, RAW_TCP, SHARED, IPC, TCP, CURVE]
     speeds, checks = planned[: len(ways)], planned[len(ways) :]
     assert [s.transport for s in speeds] == ways
     assert {(s.checks, s.chunks) for s in speeds} == {(ALL, (100, 200))}
@@ -80,7 +81,10 @@ def test_every_way_is_measured_and_the_checks_are_left_out_one_by_one() -> None:
 
 @pytest.mark.parametrize(
     ("transport", "checks"),
-    [(SHARED, ALL), (SHARED, NONE), (TCP, NO_DIGEST), (IPC, ALL), (RAW_UNIX, ""), (RAW_TCP, "")],
+    [
+        *((SHARED, ALL), (SHARED, NONE), (TCP, NO_DIGEST), (IPC, ALL), (CURVE, ALL)),
+        *((RAW_UNIX, ""), (RAW_TCP, "")),
+    ],
 )
 async def test_a_way_is_measured_between_two_processes(transport: str, checks: str) -> None:
     settings = Settings(transport, 20, (10_000, 100_000), checks)
