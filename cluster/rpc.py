@@ -5,28 +5,34 @@ workers only, a worker gateways only. Without, everything is open to this machin
 
 Source  gRPC core's keepalive guide; `grpc.http2.ping_timeout_ms` because a stopped peer is not
         noticed by keepalive_timeout_ms alone, and the ping limits because a default server answers
-        one ping a second with GOAWAY.
+        one ping a second with GOAWAY; `grpc.max_allowed_incoming_connections` in grpc_types.h.
 """
 
 from __future__ import annotations
 
+import logging
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from cluster.credentials import Credentials
-from cluster.errors import StartError
+from cluster.errors import BadRequest, BatonError, StartError
+
+log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 4 << 20
 
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 1500),  # less, and busy cores alone end it
-    ("grpc.http2.ping_timeout_ms", 1500),
+    # Beats decide sooner. This is for what they cannot see, and busy cores must not trip it.
+    ("grpc.keepalive_timeout_ms", 4000),
+    ("grpc.http2.ping_timeout_ms", 4000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -43,7 +49,7 @@ SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),
 ]
 
-Behaviour = Callable[[AsyncIterator[Any], grpc.aio.ServicerContext], AsyncIterator[Any]]
+Behaviour = Callable[[AsyncIterator[Any], grpc.aio.ServicerContext], AsyncGenerator[Any, None]]
 
 
 def stream_handler(
@@ -55,30 +61,58 @@ def stream_handler(
 ) -> grpc.GenericRpcHandler:
     """Serve one bidirectional method. `path` is "/package.Service/Method".
 
-    With credentials it is for callers of the other role alone, on whatever port they come.
+    With credentials it is for callers of the other role alone, on whatever port they come. A
+    BatonError ends the call with its status; `decode` raises ValueError or DecodeError.
     """
     _, service, method = path.split("/")
-    handler = grpc.stream_stream_rpc_method_handler(
-        behaviour if credentials is None else _only(credentials.peer, behaviour),
-        request_deserializer=decode,
-        response_serializer=encode,
-    )
+
+    async def serve(data: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        if credentials is not None and not _shown(credentials.peer, context):
+            text = (
+                f"this takes a certificate of {credentials.peer}: see --keys, --join, --join-port"
+            )
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
+        messages = _Messages(data, decode)
+        failure: BatonError | None = None
+        try:
+            async with aclosing(behaviour(messages, context)) as answers:
+                async for answer in answers:
+                    await context.write(answer)
+        except BatonError as error:
+            failure = error
+        if failure := messages.fault or failure:
+            about = {"method": path, "peer": context.peer(), "reason": failure.message}
+            log.warning("call refused", extra=about)
+            await context.abort(grpc.StatusCode[failure.grpc], failure.message)
+
+    handler = grpc.stream_stream_rpc_method_handler(serve, response_serializer=encode)
     return grpc.method_handlers_generic_handler(service, {method: handler})
 
 
-def _only(name: str, behaviour: Behaviour) -> Behaviour:
-    """`behaviour` for whoever has shown a certificate with this name."""
+class _Messages:
+    """What a caller says, up to what cannot be read. gRPC, if it decoded, would answer that with
+    INTERNAL and log a traceback each time."""
 
-    async def guarded(
-        messages: AsyncIterator[Any], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[Any]:
-        if name.encode() not in context.auth_context().get("x509_common_name", ()):
-            text = f"this takes a certificate of {name}: see --keys, --join and --join-port"
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
-        async for message in behaviour(messages, context):
-            yield message
+    def __init__(self, data: AsyncIterator[bytes], decode: Callable[[bytes], Any]) -> None:
+        self.fault: BadRequest | None = None
+        self._next = aiter(data).__anext__
+        self._decode = decode
 
-    return guarded
+    def __aiter__(self) -> _Messages:
+        return self
+
+    async def __anext__(self) -> Any:
+        data = await self._next()
+        try:
+            return self._decode(data)
+        except (ValueError, DecodeError):
+            self.fault = BadRequest("a message is not of this protocol", code="invalid_message")
+        raise StopAsyncIteration
+
+
+def _shown(name: str, context: grpc.aio.ServicerContext) -> bool:
+    """Whether the caller has a certificate with this name."""
+    return name.encode() in context.auth_context().get("x509_common_name", ())
 
 
 def open_channel(address: str, credentials: Credentials | None = None) -> grpc.aio.Channel:
@@ -94,8 +128,11 @@ def open_channel(address: str, credentials: Credentials | None = None) -> grpc.a
     )
 
 
-def new_server() -> grpc.aio.Server:
-    return grpc.aio.server(options=SERVER_OPTIONS)
+def new_server(max_connections: int = 0) -> grpc.aio.Server:
+    """At most so many connections at each of its ports, any number if it is 0. One beyond that is
+    closed before its handshake."""
+    limit = [("grpc.max_allowed_incoming_connections", max_connections)] if max_connections else []
+    return grpc.aio.server(options=[*SERVER_OPTIONS, *limit])
 
 
 def mutual_tls(credentials: Credentials | None) -> grpc.ServerCredentials | None:

@@ -6,9 +6,9 @@ import socket
 from typing import Final
 
 from cluster.errors import StartError
+from cluster.ports import listen
 
 LOOPBACK: Final = "127.0.0.1"
-BACKLOG: Final = 2048
 
 
 class Door:
@@ -27,11 +27,11 @@ class Door:
         self._own: list[socket.socket] = []
         try:
             for _ in range(count):
-                self._shared.append(_listen(host, port, reuse_port=True))
-                self._own.append(_listen(LOOPBACK, 0))
-        except OSError as error:
+                self._shared.append(listen(host, port, reuse_port=True))
+                self._own.append(listen(LOOPBACK, 0))
+        except StartError:
             self.close()
-            raise _taken(host, port, error) from None
+            raise
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -51,16 +51,4 @@ class Door:
 def check_free(host: str, port: int, flag: str = "--port") -> None:
     """Raises StartError if somebody listens there. A gateway finds out by itself, but only after
     we may have asked another cluster whether it is ready, and our workers have joined it."""
-    try:
-        _listen(host, port).close()
-    except OSError as error:
-        raise _taken(host, port, error, flag) from None
-
-
-def _listen(host: str, port: int, reuse_port: bool = False) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=reuse_port)
-
-
-def _taken(host: str, port: int, error: OSError, flag: str = "--port") -> StartError:
-    return StartError(f"cannot listen on {host}:{port} ({error.strerror}): choose another {flag}")
+    listen(host, port, flag).close()

@@ -24,7 +24,7 @@ from cluster.errors import (
     Unauthorized,
     UnsupportedMedia,
 )
-from cluster.ids import new_id
+from cluster.ids import label
 from cluster.process import REQUEST
 from gateway.connection import MAX_HEAD_BYTES, HeadersTooLarge
 from gateway.gateway import Gateway
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 MAX_HEADERS = 100
 
 _HOST = re.compile(rb"[A-Za-z0-9.:\[\]-]+")
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class AmbiguousBody(BadRequest):
@@ -164,8 +163,4 @@ def check_head(scope: Scope) -> None:
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's label if it is one plain word, else ours. Only logs and headers show it."""
-    labels: list[bytes] = [value for name, value in scope["headers"] if name == b"x-request-id"]
-    if len(labels) == 1 and _REQUEST_ID.fullmatch(labels[0]):
-        return labels[0].decode("ascii")
-    return new_id()
+    return label([value for name, value in scope["headers"] if name == b"x-request-id"])

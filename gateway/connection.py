@@ -85,11 +85,17 @@ class Crowd:
 class Connection(H11Protocol):
     """uvicorn's HTTP/1.1 on h11; puts an Outlet into the scope of each request."""
 
-    def __init__(self, *arguments: Any, crowd: Crowd | None = None, **more: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        crowd: Crowd | None = None,
+        counted_as: str | None = None,
+        **more: Any,
+    ) -> None:
         super().__init__(*arguments, **more)
         self.conn = _Parser(h11.SERVER, MAX_HEAD_BYTES)
         self._crowd = crowd or Crowd()
-        self._peer: str | None = None  # while it is counted
+        self._peer = counted_as  # while it is counted
         self._deadline: asyncio.TimerHandle | None = None
         self._refused = False
         self._resumed = 0  # how often the client has caught up
@@ -99,7 +105,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         peer = peer_of(self.client)
-        if self._crowd.admit(peer):
+        if self._peer is not None or self._crowd.admit(peer):
             self._peer = peer
             self._deadline = self.loop.call_later(self._crowd.head_s, self._too_slow)
         else:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
@@ -17,16 +16,18 @@ from typing import Any, Final
 import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from cluster import rpc
 from cluster.errors import BadRequest, BatonError, Cancelled, DeadlineExceeded
-from cluster.ids import new_id
+from cluster.ids import label, new_id
 from cluster.process import REQUEST
 from cluster.wire import inference_pb2 as wire
 from gateway import validate
 from gateway.ask import Ask, Limits
 from gateway.gateway import Gateway
+from gateway.parse import SMALL_BODY
 from gateway.pools import Pools
 from gateway.reattach import Claim, Sink, digest_of, key_of
 from gateway.rpc_status import trailing_metadata
@@ -37,7 +38,6 @@ log = logging.getLogger(__name__)
 SERVICE: Final = "baton.v1.Inference"
 HEALTH: Final = "grpc.health.v1.Health"
 
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _WATCH_S = 60.0
 
 LAST_WORD_S = 1.0
@@ -55,8 +55,23 @@ def add_to_server(server: grpc.aio.Server, gateway: Gateway) -> None:
         "GenerateStream": grpc.unary_stream_rpc_method_handler(service.generate_stream),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
-    health_pb2_grpc.add_HealthServicer_to_server(Health(gateway.pools), server)
-    reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
+    health = Health(gateway.pools)
+    probes = {
+        "Check": grpc.unary_unary_rpc_method_handler(health.check),
+        "Watch": grpc.unary_stream_rpc_method_handler(health.watch),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(HEALTH, probes),))
+    services = reflection.aio.ReflectionServicer((SERVICE, HEALTH, reflection.SERVICE_NAME))
+    server.add_generic_rpc_handlers(
+        (
+            rpc.stream_handler(
+                f"/{reflection.SERVICE_NAME}/ServerReflectionInfo",
+                services.ServerReflectionInfo,
+                reflection_pb2.ServerReflectionRequest.FromString,
+                reflection_pb2.ServerReflectionResponse.SerializeToString,
+            ),
+        )
+    )
 
 
 class InferenceService:
@@ -79,6 +94,7 @@ class InferenceService:
         gateway = self._gateway
         arrived = gateway.clock()
         tenant = gateway.keys.tenant(client.values("authorization"))
+        client.quotas = partial(gateway.quotas.headers, tenant)
         key = key_of(client.values("idempotency-key"))
         gateway.check_pressure()
         async with gateway.calls.within(client.seconds(gateway.request_timeout_s)):
@@ -140,7 +156,7 @@ class InferenceService:
             validator = validate.chat if kind == "chat" else validate.completion
             return validator(fields, limits, defaults)
 
-        if len(data) <= validate.SMALL_BODY:
+        if len(data) <= SMALL_BODY:
             return work()
         return await self._gateway.text.run(work)
 
@@ -152,6 +168,7 @@ class InferenceService:
         code = "ok"
         try:
             await work()
+            client.end()
         except asyncio.CancelledError:
             code = Cancelled.code
             gateway.metrics.cancelled()
@@ -205,10 +222,10 @@ class _Client:
         self.fallback = False
         self.reattached = False
         self.request_id = _request_id(context)
+        self.quotas: Callable[[], list[tuple[bytes, bytes]]] = list  # what is left of its key's
         self._context = context
         self._write_timeout_s = write_timeout_s
         self._started = False
-        context.set_trailing_metadata((("x-request-id", self.request_id),))
 
     def values(self, name: str) -> list[bytes]:
         """All metadata of this name."""
@@ -241,38 +258,41 @@ class _Client:
         except TimeoutError:
             raise Cancelled("The client has stopped reading.") from None
 
+    def end(self) -> None:
+        """All went well."""
+        self._context.set_trailing_metadata((("x-request-id", self.request_id), *self._left()))
+
+    def _left(self) -> Iterator[tuple[str, str]]:
+        return ((name.decode(), value.decode()) for name, value in self.quotas())
+
     async def abort(self, error: BatonError) -> None:
         """gRPC sends the status after what was written: a client that does not read gets neither,
         and nobody waits for it."""
-        trailing = trailing_metadata(error, self.request_id)
+        trailing = (*trailing_metadata(error, self.request_id), *self._left())
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORD_S):
                 await self._context.abort(grpc.StatusCode[error.grpc], error.message, trailing)
 
 
-class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it comes without types
+class Health:
     """SERVING while the pools can take work; asked of the pools each time, so never stale."""
 
     def __init__(self, pools: Pools) -> None:
         self._pools = pools
 
-    async def Check(
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
-    ) -> health_pb2.HealthCheckResponse:
-        status = self._status(request.service)
+    async def check(self, data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        status = self._status(await _asked(data, context))
         if status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
             await context.abort(grpc.StatusCode.NOT_FOUND, "There is no such service.")
-        return health_pb2.HealthCheckResponse(status=status)
+        return _said(status)
 
-    async def Watch(
-        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
-    ) -> None:
-        told = None
+    async def watch(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+        service, told = await _asked(data, context), None
         while True:
-            status = self._status(request.service)
+            status = self._status(service)
             if status != told:
                 told = status
-                await context.write(health_pb2.HealthCheckResponse(status=status))
+                await context.write(_said(status))
                 continue  # it may have changed during the write; nothing else wakes us then
             with suppress(TimeoutError):
                 await self._pools.changed(_WATCH_S)
@@ -283,6 +303,19 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it comes 
         if self._pools.ready():
             return health_pb2.HealthCheckResponse.SERVING
         return health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def _asked(data: bytes, context: grpc.aio.ServicerContext) -> str:
+    try:
+        return str(health_pb2.HealthCheckRequest.FromString(data).service)
+    except DecodeError:
+        text = "The message is no HealthCheckRequest."
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+        raise  # abort has raised already
+
+
+def _said(status: health_pb2.HealthCheckResponse.ServingStatus) -> bytes:
+    return bytes(health_pb2.HealthCheckResponse(status=status).SerializeToString())
 
 
 def to_fields(
@@ -337,10 +370,8 @@ def _add_end(response: wire.GenerateResponse, ask: Ask, answer: Answer) -> None:
 
 
 def _request_id(context: grpc.aio.ServicerContext) -> str:
-    labels = [v for name, v in context.invocation_metadata() or () if name == "x-request-id"]
-    if len(labels) == 1 and isinstance(labels[0], str) and _REQUEST_ID.fullmatch(labels[0]):
-        return labels[0]
-    return new_id()
+    metadata = context.invocation_metadata() or ()
+    return label([_bytes(value) for name, value in metadata if name == "x-request-id"])
 
 
 def _bytes(value: str | bytes) -> bytes:

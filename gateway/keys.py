@@ -4,7 +4,8 @@ Only digests are kept. A key is found by comparing the digest of what was presen
 ones, so the time tells neither which key was near nor how long it is. A digest is plain SHA-256,
 which is enough for keys that nobody could guess; `baton keys api` makes such.
 
-A key file holds keys, one a line, or a list of digests with what each may do:
+A key file holds keys, one a line, or a list of digests with what each may do; in both a line that
+begins with # is a comment:
 
     - key_sha256: 5e88...           # the SHA-256 of the key, in hex
       tenant: search                # keys of one tenant share its limits and its cached prefixes
@@ -21,7 +22,6 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from typing import Annotated, Any, Final
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cluster.config import NOT_YAML
+from cluster.config import KEY, NOT_YAML
 from cluster.errors import StartError, Unauthorized
 from gateway.ask import Limits
 
@@ -38,9 +38,6 @@ log = logging.getLogger(__name__)
 
 REFRESH_S: Final = 2.0
 """How often the key file is looked at: a key is in force, or out of it, about that long after."""
-
-_KEY = re.compile(r"[\x21-\x7e]+")  # what may follow "Bearer "
-_LIST = re.compile(r"(\s*(#[^\n]*)?\n)*\s*(-\s|\[)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +125,7 @@ class Keys:
         """Keep up with the file, for ever."""
         while True:
             await asyncio.sleep(REFRESH_S)
-            self.refresh()
+            await asyncio.to_thread(self.refresh)  # a thousand entries are half a second of YAML
 
 
 def read(file: Path) -> Known:
@@ -140,7 +137,7 @@ def read(file: Path) -> Known:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise _broken(file, str(getattr(error, "strerror", None) or "not UTF-8")) from None
-    known = list(_entries(file, text) if _LIST.match(text) else _lines(file, text))
+    known = list(_entries(file, text) if _is_list(text) else _lines(file, text))
     if not known:
         raise _broken(file, "holds no keys")
     if len({digest for digest, _ in known}) < len(known):
@@ -148,15 +145,23 @@ def read(file: Path) -> Known:
     return known
 
 
+def _is_list(text: str) -> bool:
+    """By the first word that is no comment's: "-", "---" or one that begins with "["."""
+    lines = (line.split() for line in text.splitlines())
+    first = next((words[0] for words in lines if words and not words[0].startswith("#")), "")
+    return first in ("-", "---") or first.startswith("[")
+
+
 def _lines(file: Path, text: str) -> Iterator[tuple[bytes, Tenant]]:
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
-        if line and not _KEY.fullmatch(line):
+        if not line or line.startswith("#"):
+            continue
+        if not KEY.fullmatch(line):
             raise _broken(
                 file,
                 f"line {number}: keys stand one a line, of visible ASCII characters without spaces",
             )
-        if line:
-            yield _plain(line)
+        yield _plain(line)
 
 
 class Entry(BaseModel):
@@ -190,12 +195,14 @@ _SHARED: Final = ("requests_per_minute", "tokens_per_minute", "weight", "priorit
 
 def _entries(file: Path, text: str) -> Iterator[tuple[bytes, Tenant]]:
     try:
-        items: list[Any] = yaml.safe_load(text)
+        items = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise _broken(file, f"line {line}: not YAML") from None
     except NOT_YAML:
         raise _broken(file, "not YAML") from None
+    if not isinstance(items, list):
+        raise _broken(file, "not a list")
     tenants: dict[str, Tenant] = {}
     for number, item in enumerate(items, 1):
         try:

@@ -9,9 +9,9 @@ import functools
 import gc
 import logging
 import socket
+import ssl
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -20,11 +20,10 @@ import grpc
 import h11
 import uvicorn
 
-from cluster import digests, process, rpc
+from cluster import digests, ports, process, rpc
 from cluster.config import BUILT_IN, GatewayConfig, load, model_directory
 from cluster.credentials import GATEWAY, Credentials, credentials_for
-from cluster.errors import BadRequest, HandshakeRefused, StartError
-from cluster.messages import Hello, Load
+from cluster.errors import BadRequest, StartError
 from cluster.metrics import GatewayMetrics
 from cluster.model import config_digest, load_config
 from cluster.pressure import Pressure
@@ -34,6 +33,7 @@ from gateway.app import create_app
 from gateway.ask import Limits
 from gateway.connection import Connection, Crowd, watch_readers
 from gateway.gateway import Gateway
+from gateway.handshake import Handshake
 from gateway.keys import Keys
 from gateway.pools import Pools, serve_membership
 from gateway.reattach import Kept
@@ -71,7 +71,7 @@ async def serve(config: GatewayConfig, stopping: asyncio.Event) -> int:
     if config.listen:
         listeners = [socket.socket(fileno=number) for number in config.listen]
     else:
-        listeners = [bind(config.host, config.port)]
+        listeners = [ports.listen(config.host, config.port)]
     directory = model_directory(config)
     credentials = credentials_for(GATEWAY, config.keys)
     gateway, pools = build(config, directory, credentials)
@@ -80,47 +80,25 @@ async def serve(config: GatewayConfig, stopping: asyncio.Event) -> int:
         number = config.sibling.index(own)
         gateway.siblings = Siblings(config.port, config.sibling, number, config.scheme)
         share.step_forward(listeners[0])
-    server = rpc.new_server()
-    server.add_generic_rpc_handlers((_registry(pools, config.join_address, credentials),))
-    inference.add_to_server(server, gateway)
-    address = f"{config.grpc_host}:{config.grpc_port}"
-    secure = rpc.server_tls(config.ssl_certfile, config.ssl_keyfile)
-    rpc.listen(server, address, "--grpc-port", secure)
-    if credentials is not None:
-        rpc.listen(server, config.join_address, "--join-port", rpc.mutual_tls(credentials))
-    crowd = Crowd(
-        config.max_connections, config.max_connections_per_peer, tell=gateway.metrics.error
-    )
-    http = _Uvicorn(
-        uvicorn.Config(
-            create_app(gateway),
-            http=functools.partial(Connection, crowd=crowd),  # type: ignore[arg-type]
-            ws="none",
-            ssl_certfile=config.ssl_certfile or None,
-            ssl_keyfile=config.ssl_keyfile or None,
-            proxy_headers=False,
-            timeout_keep_alive=int(config.keep_alive_timeout),
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=1,  # nothing runs any more by then
-        )
-    )
+    server, http = _servers(config, gateway, pools, credentials)
     gateway.text.start()
     with contextlib.suppress(BadRequest):  # so that no chat has to wait for the template's process
         await gateway.text.run(gateway.tokenizer.render, [{"role": "user", "content": ""}])
     await server.start()
-    watch = asyncio.create_task(pools.watch())
-    following = asyncio.create_task(gateway.keys.follow())
-    relieving = asyncio.create_task(
-        gateway.pressure.watch(lambda: _hang_up_idle(http.server_state.connections))
-    )
-    reading = asyncio.create_task(watch_readers(http.connections, config.write_timeout))
-    serving = asyncio.create_task(http.serve(sockets=listeners))
+    serving, *others = parts = [
+        asyncio.create_task(part)
+        for part in (
+            http.serve(sockets=listeners),
+            pools.watch(),
+            gateway.keys.follow(),
+            gateway.pressure.watch(lambda: _hang_up_idle(http.connections)),
+            watch_readers(http.connections, config.write_timeout),
+        )
+    ]
     stop = asyncio.create_task(stopping.wait())
-    log.info("gateway up", extra={"http": f"{config.host}:{config.port}", "grpc": address})
-    await asyncio.wait((serving, stop, watch), return_when=asyncio.FIRST_COMPLETED)
+    http_address = ports.address(config.host, config.port)
+    log.info("gateway up", extra={"http": http_address, "grpc": config.grpc_address})
+    await asyncio.wait((stop, *parts), return_when=asyncio.FIRST_COMPLETED)
     stop.cancel()
     if gateway.siblings is not None:
         share.step_back(listeners[0], gateway.siblings.own, len(gateway.siblings.addresses))
@@ -128,15 +106,43 @@ async def serve(config: GatewayConfig, stopping: asyncio.Event) -> int:
     http.hang_up()
     http.should_exit = True
     await asyncio.wait((serving,))
-    watch.cancel()
-    following.cancel()
-    reading.cancel()
-    relieving.cancel()
+    for part in others:
+        part.cancel()
     await gateway.kept.close()
     await pools.close()
     await server.stop(LAST_GRACE_S)
     gateway.text.stop()
-    return await _verdict(serving, watch)
+    return await _verdict(*parts)
+
+
+def _servers(
+    config: GatewayConfig, gateway: Gateway, pools: Pools, credentials: Credentials | None
+) -> tuple[grpc.aio.Server, _Uvicorn]:
+    """For gRPC, with its ports, and for HTTP; neither serves yet. Raises StartError."""
+    server = rpc.new_server(config.max_connections)
+    server.add_generic_rpc_handlers((_registry(pools, config.join_address, credentials),))
+    inference.add_to_server(server, gateway)
+    secure = rpc.server_tls(config.ssl_certfile, config.ssl_keyfile)
+    rpc.listen(server, config.grpc_address, "--grpc-port", secure)
+    if credentials is not None:
+        rpc.listen(server, config.join_address, "--join-port", rpc.mutual_tls(credentials))
+    crowd = Crowd(
+        config.max_connections, config.max_connections_per_peer, tell=gateway.metrics.error
+    )
+    http = uvicorn.Config(
+        create_app(gateway),
+        http=_protocol(config, crowd),
+        ws="none",
+        proxy_headers=False,
+        timeout_keep_alive=int(config.keep_alive_timeout),
+        lifespan="off",
+        log_config=None,
+        log_level="error",  # it warns of whatever strangers send
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,  # nothing runs any more by then
+    )
+    return server, _Uvicorn(http)
 
 
 async def _drain(gateway: Gateway, seconds: float) -> None:
@@ -222,30 +228,22 @@ def build(
     return gateway, pools
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises StartError that names the port."""
-    try:
-        return socket.create_server((host, port), backlog=2048)
-    except OSError as error:
-        raise StartError(
-            f"cannot listen on {host}:{port} ({error.strerror}): choose another --port"
-        ) from None
+def _protocol(config: GatewayConfig, crowd: Crowd) -> Any:
+    """What uvicorn makes one of for each connection."""
+    if not config.ssl_certfile:
+        return functools.partial(Connection, crowd=crowd)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    return functools.partial(Handshake, context=context, crowd=crowd)
 
 
 def _registry(pools: Pools, name: str, credentials: Credentials | None) -> grpc.GenericRpcHandler:
-    async def join(
-        messages: AsyncIterator[Hello | Load], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[str]:
-        try:
-            async with aclosing(serve_membership(pools, messages, name)) as welcomes:
-                async for welcome in welcomes:
-                    yield welcome
-        except HandshakeRefused as error:
-            log.warning("worker refused", extra={"reason": error.message})
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, error.message)
-
     return rpc.stream_handler(
-        codec.JOIN, join, codec.decode_membership, codec.encode_welcome, credentials
+        codec.JOIN,
+        lambda messages, _: serve_membership(pools, messages, name),
+        codec.decode_membership,
+        codec.encode_welcome,
+        credentials,
     )
 
 

@@ -1,10 +1,10 @@
 """Quotas: how many requests and tokens a minute each tenant may have.
 
-One bucket for each limit: it holds a minute's worth and refills evenly. A call takes one request
-and all the tokens it might come to, prompt and longest answer; what was not delivered is given back
-at its end. A call that might come to more than a minute's worth takes the whole bucket, and its end
-puts right what it really was: the bucket may be in debt then, so in the long run the limit holds
-for calls of any size.
+One bucket for each limit: it holds a minute's worth and refills evenly. A call takes one request as
+it comes, and once its prompt is tokenised all the tokens it might come to, prompt and longest
+answer; what was not delivered is given back at its end. A call that might come to more than a
+minute's worth takes the whole bucket, and its end puts right what it really was: the bucket may be
+in debt then, so in the long run the limit holds for calls of any size.
 
 Kept by tenant, so it makes no difference where a call comes from or which of a tenant's keys it
 has. One process keeps its own account: several gateways each allow as much.
@@ -12,13 +12,12 @@ has. One process keeps its own account: several gateways each allow as much.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from cluster.clock import Clock
 from cluster.errors import RateLimited
-from gateway.keys import ANYONE, Tenant
+from gateway.keys import Tenant
 
 MINUTE_S = 60.0
 
@@ -45,15 +44,18 @@ class Bucket:
         self._at = now
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reservation:
-    """What a call took. `tokens` 0: there is no limit to give back to."""
+    """What a call took, and where: who changes a limit meanwhile changes nothing of that.
 
-    tenant: Tenant
-    tokens: float = 0.0
+    Without a bucket there is no limit to give back to.
+    """
+
+    bucket: Bucket | None = None
+    tokens: int = 0
 
 
-NOTHING: Final = Reservation(ANYONE)
+NOTHING: Final = Reservation()
 
 
 class Quotas:
@@ -63,60 +65,63 @@ class Quotas:
         self._clock = clock
         self._buckets: dict[tuple[str, str], Bucket] = {}
 
-    def check(self, tenant: Tenant, tokens: int) -> None:
-        """Raises RateLimited, with when it would not, for a call of so many tokens at least."""
-        now = self._clock()
-        for kind, bucket in self._limits(tenant):
-            wait = bucket.wait(_amount(kind, bucket, tokens), now)
-            if wait > 0:
-                raise RateLimited(
-                    f"This key has used up its {kind} per minute.",
-                    code=f"{kind}_per_minute_exceeded",
-                    retry_after=wait,
-                )
+    def request(self, tenant: Tenant, tokens: int) -> Reservation:
+        """Take one request, of so many tokens at least: those are only looked for.
 
-    def reserve(self, tenant: Tenant, tokens: int) -> Reservation:
-        """Take what the call may come to. Raises RateLimited, and takes nothing then."""
-        self.check(tenant, tokens)
-        now, reserved = self._clock(), 0.0
-        for kind, bucket in self._limits(tenant):
-            amount = _amount(kind, bucket, tokens)
-            bucket.take(amount, now)
-            if kind == "tokens":
-                reserved = amount
-        return Reservation(tenant, reserved)
+        Raises RateLimited, with when it would not, and takes nothing then.
+        """
+        buckets = {kind: self._bucket(tenant, kind, limit) for kind, limit in _limits(tenant)}
+        self._buckets |= {(tenant.name, kind): bucket for kind, bucket in buckets.items()}
+        for kind, bucket in buckets.items():
+            self._need(kind, bucket, 1 if kind == "requests" else tokens)
+        if "requests" in buckets:
+            buckets["requests"].take(1, self._clock())
+        return Reservation(buckets.get("tokens"))
+
+    def reserve(self, reservation: Reservation, tokens: int) -> None:
+        """Take what the call may come to. Raises RateLimited; the request is spent then."""
+        if (bucket := reservation.bucket) is not None:
+            reservation.tokens = self._need("tokens", bucket, tokens)
+            bucket.take(reservation.tokens, self._clock())
 
     def settle(self, reservation: Reservation, tokens: int) -> None:
         """The call has come to so many tokens."""
-        if reservation.tokens:
-            for kind, bucket in self._limits(reservation.tenant):
-                if kind == "tokens":
-                    bucket.take(tokens - reservation.tokens, self._clock())
+        if reservation.bucket is not None:
+            reservation.bucket.take(tokens - reservation.tokens, self._clock())
 
     def headers(self, tenant: Tenant) -> list[tuple[bytes, bytes]]:
         """What is left, in the headers that OpenAI's clients know. None without limits."""
         now = self._clock()
         headers = []
-        for kind, bucket in self._limits(tenant):
-            full = bucket.wait(bucket.per_minute, now)
+        for kind, limit in _limits(tenant):
+            bucket = self._bucket(tenant, kind, limit)
+            full = bucket.wait(limit, now)
             headers += [
-                (f"x-ratelimit-limit-{kind}", str(bucket.per_minute)),
+                (f"x-ratelimit-limit-{kind}", str(limit)),
                 (f"x-ratelimit-remaining-{kind}", str(max(0, int(bucket.level(now))))),
                 (f"x-ratelimit-reset-{kind}", f"{full:.3f}s"),
             ]
         return [(name.encode(), value.encode()) for name, value in headers]
 
-    def _limits(self, tenant: Tenant) -> Iterator[tuple[str, Bucket]]:
-        limits = {"requests": tenant.requests_per_minute, "tokens": tenant.tokens_per_minute}
-        for kind, per_minute in limits.items():
-            if not per_minute:
-                continue
-            bucket = self._buckets.get((tenant.name, kind))
-            if bucket is None or bucket.per_minute != per_minute:  # new, or changed in the file
-                bucket = Bucket(per_minute, self._clock())
-                self._buckets[tenant.name, kind] = bucket
-            yield kind, bucket
+    def _bucket(self, tenant: Tenant, kind: str, limit: int) -> Bucket:
+        """The account, or a new one that is not kept yet where the file says another limit."""
+        bucket = self._buckets.get((tenant.name, kind))
+        return bucket if bucket and bucket.per_minute == limit else Bucket(limit, self._clock())
+
+    def _need(self, kind: str, bucket: Bucket, amount: int) -> int:
+        """The amount, at most a minute's worth. Raises RateLimited if so much is not there."""
+        amount = min(amount, bucket.per_minute)
+        wait = bucket.wait(amount, self._clock())
+        if wait > 0:
+            raise RateLimited(
+                f"This key has used up its {kind} per minute.",
+                code=f"{kind}_per_minute_exceeded",
+                retry_after=wait,
+            )
+        return amount
 
 
-def _amount(kind: str, bucket: Bucket, tokens: int) -> float:
-    return 1.0 if kind == "requests" else float(min(tokens, bucket.per_minute))
+def _limits(tenant: Tenant) -> list[tuple[str, int]]:
+    """Those that the tenant has."""
+    limits = (("requests", tenant.requests_per_minute), ("tokens", tenant.tokens_per_minute))
+    return [(kind, limit) for kind, limit in limits if limit]

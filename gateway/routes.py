@@ -24,6 +24,7 @@ from gateway import schemas, validate
 from gateway.ask import Ask, Limits
 from gateway.fields import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from gateway.gateway import Gateway
+from gateway.parse import SMALL_BODY, parse_json
 from gateway.reattach import Claim, digest_of, key_of
 from gateway.response import AnswerResponse
 
@@ -121,14 +122,20 @@ class Routes:
         """Parse and validate; a large body off the event loop, so that no stream waits for it."""
 
         def work() -> T:
-            return validator(validate.parse_json(body))
+            return validator(parse_json(body))
 
-        if len(body) <= validate.SMALL_BODY:
+        if len(body) <= SMALL_BODY:
             return work()
         return await self._gateway.text.run(work)
 
+    def _charge(self, request: Request) -> None:
+        """One request, for what takes no worker's time. Raises Overloaded, RateLimited."""
+        self._gateway.check_pressure()
+        self._gateway.quotas.request(request.state.tenant, 0)
+
     async def tokenize(self, request: Request) -> Response:
         gateway = self._gateway
+        self._charge(request)
         asked = await self._body(request)
         call = await self._read(asked, lambda data: validate.tokenize(data, request.state.limits))
         [tokens] = await gateway.text.encode(call.ask)
@@ -144,6 +151,7 @@ class Routes:
 
     async def detokenize(self, request: Request) -> Response:
         gateway = self._gateway
+        self._charge(request)
         body = await self._body(request)
         tokens = await self._read(
             body, lambda data: validate.detokenize(data, request.state.limits)
@@ -194,7 +202,12 @@ class Routes:
         return JSONResponse({"server_load": self._gateway.active})
 
     async def status(self) -> Response:
-        return JSONResponse(self._gateway.pools.status())
+        """As this process sees it; where several share a port it says which, and which others."""
+        status, siblings = self._gateway.pools.status(), self._gateway.siblings
+        if siblings is not None:
+            status["gateway"] = siblings.addresses[siblings.own]
+            status["gateways"] = siblings.addresses
+        return JSONResponse(status)
 
     async def metrics(self, request: Request) -> Response:
         """This process's; of the port that several share, theirs all."""

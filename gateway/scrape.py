@@ -69,7 +69,7 @@ def merge(own: int, texts: Mapping[int, str]) -> str:
             elif line.startswith("#"):
                 if len(heads[family]) == 1:
                     heads[family].append(line)
-            elif 'worker="' not in line:
+            elif 'worker="' not in line or 'worker=""' in line:  # its own queue has no worker
                 samples[family].append(_marked(line, number))
             elif number == own:
                 samples[family].append(line)

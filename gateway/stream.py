@@ -125,18 +125,19 @@ class Answer:
     async def prepare(cls, gateway: Gateway, ask: Ask, tenant: Tenant, arrived: float) -> Answer:
         """Tokenise, check against the context and take the call's place among the others'.
 
-        What would be refused whatever the prompt says is refused before it is tokenised. Raises
+        What would be refused whatever the prompt says is refused before it is tokenised, which
+        costs the tenant a request whatever comes of it. Raises
         BadRequest, Forbidden, RateLimited, Overloaded; no worker knows of it yet.
         """
         standing = _standing(ask, tenant)
-        gateway.quotas.check(tenant, _fewest_tokens(ask))
         gateway.sequencer.admit(standing, ask.n)
-        prompts = await gateway.text.encode(ask)
+        reserved = gateway.quotas.request(tenant, _fewest_tokens(ask))
+        prompts = await gateway.text.encode(ask, gateway.limits.max_model_len)
         max_tokens = validate.fit(ask, prompts, gateway.limits_now())
         echoes = [await _echo(gateway, ask, number, ids) for number, ids in enumerate(prompts)]
         gateway.sequencer.admit(standing, ask.n * len(prompts))  # others came meanwhile
         most = sum(len(prompt) + ask.n * max_tokens for prompt in prompts)
-        reserved = gateway.quotas.reserve(tenant, most)
+        gateway.quotas.reserve(reserved, most)
         ready = gateway.clock()
         gateway.metrics.call(ask.n, max_tokens)
 

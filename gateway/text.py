@@ -1,6 +1,6 @@
 """An answer's text as its tokens come in, and the threads for what takes longer.
 
-TextStream is one choice's state, pure and restartable, with constant work per token. TextPool keeps
+TextStream is one choice's state, pure, with constant work per token. TextPool keeps
 tokenising, templates and the decoding of whole texts off the event loop.
 """
 
@@ -57,7 +57,7 @@ class TextStream:
     """One choice's text: whole characters, cut at the first stop string, no part of one shown.
 
     The first stop string is the one that is complete first; of two that end together, the longer.
-    The pieces together are the same whatever the tokens' borders, and after `resume`.
+    The pieces together are the same whatever the tokens' borders.
     """
 
     def __init__(
@@ -85,24 +85,6 @@ class TextStream:
         self._count = 0
         self._held = ""  # the end of the text, while it may be the beginning of a stop string
         self._stopped: str | None = None
-
-    @classmethod
-    def resume(
-        cls,
-        tokenizer: Tokenizer,
-        prompt_tail: Sequence[int],
-        stop: Sequence[str],
-        include_stop: bool,
-        skip_special: bool,
-        min_tokens: int = 0,
-        *,
-        emitted: Sequence[int],
-    ) -> TextStream:
-        """The state after these tokens; their text was delivered."""
-        stream = cls(tokenizer, prompt_tail, stop, include_stop, skip_special, min_tokens)
-        for token in emitted:
-            stream.push(token)
-        return stream
 
     def push(self, token: int) -> Piece:
         """What this token lets be shown. After a stop string nothing comes any more."""
@@ -164,9 +146,9 @@ class TextPool:
             self._executor.shutdown(wait=True, cancel_futures=True)
         self._executor = None
 
-    async def encode(self, ask: Ask) -> list[tuple[int, ...]]:
-        """Every prompt's token ids. Raises BadRequest."""
-        return await self.run(encode, self._tokenizer, ask)
+    async def encode(self, ask: Ask, most: int = 0) -> list[tuple[int, ...]]:
+        """Every prompt's token ids. Raises BadRequest, also for far more than `most`, if given."""
+        return await self.run(encode, self._tokenizer, ask, most)
 
     async def decode(self, ids: Sequence[int]) -> str:
         """A whole text at once."""
@@ -180,7 +162,7 @@ class TextPool:
         return await loop.run_in_executor(self._executor, partial(within, work, *args, **kwargs))
 
 
-def encode(tokenizer: Tokenizer, ask: Ask) -> list[tuple[int, ...]]:
+def encode(tokenizer: Tokenizer, ask: Ask, most: int = 0) -> list[tuple[int, ...]]:
     """Every prompt of a call as token ids; a chat is one prompt. Raises BadRequest."""
     if ask.kind == "chat":
         ids = tokenizer.chat(
@@ -188,10 +170,11 @@ def encode(tokenizer: Tokenizer, ask: Ask) -> list[tuple[int, ...]]:
             ask.add_generation_prompt,
             ask.continue_final_message,
             ask.add_special_tokens,
+            most,
         )
         return [tuple(ids)]
     return [
-        tuple(tokenizer.encode(prompt, ask.add_special_tokens))
+        tuple(tokenizer.encode(prompt, ask.add_special_tokens, most))
         if isinstance(prompt, str)
         else prompt
         for prompt in ask.prompts

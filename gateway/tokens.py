@@ -22,6 +22,13 @@ from cluster.errors import BadModel, BadRequest
 from gateway.spelling import Decoding, Spelling
 from gateway.template import ChatTemplate
 
+LIKELY_CHARS = 16
+"""Characters a token that few texts have. One with more is looked at from its beginning, twice as
+much each time."""
+
+CERTAINLY = 2
+"""A beginning of a text may have more tokens than the text: where it is cut, its last word is."""
+
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
 
 
@@ -46,7 +53,6 @@ class Tokenizer:
         special = _special_tokens(backend, named.values())
         self.special_ids = frozenset(special)
         self._head, self._tail = _frame(backend)
-        self.eos_id = self._id_of(named.get("eos_token"))
         # An unknown token is what odd text becomes, so it is no sign of a control token.
         self._forbidden = self.special_ids - {self._id_of(named.get("unk_token"))}
 
@@ -84,8 +90,22 @@ class Tokenizer:
         except ValueError as error:
             raise BadModel(f"{directory}: tokenizer or chat template: {error}") from None
 
-    def encode(self, text: str, special: bool) -> list[int]:
-        """A client's text. `special` adds what the tokenizer puts around a text, such as BOS."""
+    def encode(self, text: str, special: bool, most: int = 0, param: str = "prompt") -> list[int]:
+        """A client's text. `special` adds what the tokenizer puts around a text, such as BOS.
+
+        Raises BadRequest. With `most` for a text of several times as many tokens too, without the
+        time that it would take to make them all: what fits is for the caller to say.
+        """
+        size = LIKELY_CHARS * most
+        while 0 < size < len(text):
+            if len(self._encode(text[:size])) > CERTAINLY * most:
+                raise BadRequest(
+                    f"This model's maximum context length is {most} tokens. The prompt has more "
+                    f"than {CERTAINLY * most} and leaves no room for an answer.",
+                    code="context_length_exceeded",
+                    param=param,
+                )
+            size *= 2
         ids = self._encode(text)
         return [*self._head, *ids, *self._tail] if special else ids
 
@@ -117,8 +137,9 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         special: bool = False,
+        most: int = 0,
     ) -> list[int]:
-        """A conversation as token ids. Raises BadRequest as `render` does."""
+        """A conversation as token ids. Raises BadRequest as `render` and `encode` do."""
         hidden: list[str] = []
         masked = [self._mask_message(message, hidden) for message in messages]
         text = self.render(masked, add_generation_prompt, continue_final_message)
@@ -126,7 +147,7 @@ class Tokenizer:
             text = self._find_special.sub(lambda found: self._aliases[found[0]], text)
         if hidden:
             text = self._masked.sub(lambda found: hidden[int(found[1])], text)
-        return self.encode(text, special)
+        return self.encode(text, special, most, "messages")
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids that begin it. Ids that do not exist spell nothing."""

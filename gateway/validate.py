@@ -24,24 +24,6 @@ from gateway.fields import (
     refusal,
     shown,
 )
-from gateway.parse import SMALL_BODY, parse_json
-
-__all__ = [
-    "SMALL_BODY",
-    "ChatBody",
-    "CompletionBody",
-    "DetokenizeBody",
-    "TokenizeBody",
-    "TokenizeCall",
-    "chat",
-    "check_model",
-    "completion",
-    "detokenize",
-    "fit",
-    "parse_json",
-    "requests",
-    "tokenize",
-]
 
 COMPLETION_TOKENS = 16
 """What a completion that names no max_tokens may generate: OpenAI's default."""

@@ -7,7 +7,6 @@ import pytest
 from cluster.config import (
     API_KEYS,
     BUILT_IN,
-    MAX_BODY_BYTES,
     Common,
     GatewayConfig,
     ServeConfig,
@@ -18,7 +17,6 @@ from cluster.config import (
     model_directory,
 )
 from cluster.errors import StartError
-from kvtransfer import frames
 
 
 @pytest.fixture(autouse=True)
@@ -95,10 +93,6 @@ def test_values_that_cannot_work(kind: type[Common], flag: str, value: str, allo
         load(kind, [f"{flag}={value}"], "baton")
     assert caught.value.message.startswith(f"{flag}: ")
     assert value in caught.value.message and allowed in caught.value.message
-
-
-def test_the_largest_chunk_fits_into_a_frame() -> None:
-    assert MAX_BODY_BYTES == frames.MAX_BODY
 
 
 @pytest.mark.parametrize(
@@ -190,7 +184,25 @@ def test_http_off_loopback_needs_a_key(
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
 def test_loopback_needs_none(host: str) -> None:
     load(GatewayConfig, ["--host", host, "--grpc-host", host, "--join-host", host], "baton")
-    load(WorkerConfig, ["--host", host], "baton worker")
+    if host != "::1":
+        load(WorkerConfig, ["--host", host], "baton worker")
+
+
+def test_workers_reach_each_other_over_ipv4() -> None:
+    with pytest.raises(StartError, match="--host: '::1' is IPv6"):
+        load(WorkerConfig, ["--host", "::1"], "baton worker")
+
+
+@pytest.mark.parametrize(
+    ("argv", "address"),
+    [
+        (["--grpc-host", "::1"], "[::1]:8001"),
+        (["--join-host", "::1", "--keys", "k"], "[::1]:9001"),
+        ([], "127.0.0.1:8001"),
+    ],
+)
+def test_where_workers_join(argv: list[str], address: str) -> None:
+    assert load(GatewayConfig, argv, "baton gateway").join_address == address
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org"])

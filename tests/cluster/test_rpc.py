@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from cluster import rpc
 from cluster.credentials import Credentials
-from cluster.errors import StartError
+from cluster.errors import HandshakeRefused, StartError
 from tests.credentials import made
 
 ECHO = "/baton.Test/Echo"
@@ -30,7 +32,7 @@ class Worker:
         self.address = f"127.0.0.1:{inner}"
         self.open_address = f"127.0.0.1:{rpc.listen(self.server, '127.0.0.1:0', '--port')}"
 
-    async def echo(self, messages: AsyncIterator[bytes], _: object) -> AsyncIterator[bytes]:
+    async def echo(self, messages: AsyncIterator[bytes], _: object) -> AsyncGenerator[bytes, None]:
         self.calls += 1
         async for message in messages:
             yield message
@@ -166,3 +168,89 @@ def test_a_certificate_that_cannot_be_used_is_named(
     with pytest.raises(StartError, match=f"--ssl-certfile .*gateway.pem, --ssl-keyfile .*{key}: "):
         rpc.server_tls(certificate, str(tmp_path / "ours" / key))
     assert rpc.server_tls("", "") is None
+
+
+# What a caller says and how many there may be.
+
+
+def number(data: bytes) -> bytes:
+    return b"%d" % int(data)
+
+
+async def said(*messages: bytes) -> AsyncIterator[bytes]:
+    for message in messages:
+        yield message
+
+
+async def test_what_cannot_be_read_ends_the_call_in_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """G1. What was said before it counts, and what comes after it is another call's."""
+    server = rpc.new_server()
+    closed = asyncio.Event()
+
+    async def echo(messages: AsyncIterator[bytes], _: object) -> AsyncGenerator[bytes, None]:
+        try:
+            async for message in messages:
+                yield message
+        finally:
+            closed.set()
+
+    server.add_generic_rpc_handlers((rpc.stream_handler(ECHO, echo, number, bytes),))
+    port = rpc.listen(server, "127.0.0.1:0", "--port")
+    await server.start()
+    async with rpc.open_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.stream_stream(ECHO)(said(b"1", b"x", b"2"), timeout=20.0)
+        assert await call.read() == b"1"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert closed.is_set()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        again = channel.stream_stream(ECHO)(said(b"3"), timeout=20.0)
+        assert [answer async for answer in again] == [b"3"]
+    await server.stop(None)
+    [record] = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert (record.message, record.exc_info) == ("call refused", None)
+
+
+async def test_a_refusal_is_a_status(caplog: pytest.LogCaptureFixture) -> None:
+    async def refuse(messages: AsyncIterator[bytes], _: object) -> AsyncGenerator[bytes, None]:
+        async for _ in messages:
+            raise HandshakeRefused("theirs is 2, ours is 1")
+        yield b""
+
+    server = rpc.new_server()
+    server.add_generic_rpc_handlers((rpc.stream_handler(ECHO, refuse, bytes, bytes),))
+    port = rpc.listen(server, "127.0.0.1:0", "--port")
+    await server.start()
+    error = await refused(rpc.open_channel(f"127.0.0.1:{port}"))
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert error.details() == "theirs is 2, ours is 1"
+    await server.stop(None)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_more_connections_than_there_may_be(
+    keys: tuple[Credentials, Credentials], tls: bool
+) -> None:
+    """Who says nothing, or has not shaken hands, counts; each port has a count of its own."""
+    server = rpc.new_server(2)
+    handler = rpc.stream_handler(ECHO, Worker(None).echo, bytes, bytes)
+    server.add_generic_rpc_handlers((handler,))
+    port = rpc.listen(server, "127.0.0.1:0", "--port", rpc.mutual_tls(keys[1] if tls else None))
+    other = rpc.listen(server, "127.0.0.1:0", "--port")
+    await server.start()
+    held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+    async with asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert await reader.read() == b""
+        writer.close()
+        assert await ask(rpc.open_channel(f"127.0.0.1:{other}")) == b"hello"
+        held.pop()[1].close()
+        channel = rpc.open_channel(f"127.0.0.1:{port}", keys[0] if tls else None)
+        async with channel:
+            call = channel.stream_stream(ECHO)(said(b"hello"), timeout=20.0, wait_for_ready=True)
+            assert [answer async for answer in call] == [b"hello"]
+    held.pop()[1].close()
+    await server.stop(None)

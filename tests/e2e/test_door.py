@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 import pytest
 
+from cluster.wire import codec
 from cluster.wire import inference_pb2 as wire
 from tests.e2e.client import Answer, at_once, request
 from tests.e2e.cluster import Cluster, wait_until
@@ -159,6 +160,31 @@ def test_two_thousand_idle_connections(locked: Cluster) -> None:
 
 MARKER = "zebra-in-the-attic"
 FORGED = 'x\n{"level": "critical", "event": "forged"}'
+
+
+def test_garbage_over_grpc_is_a_line_in_a_log_at_most(locked: Cluster) -> None:
+    """G1, at every door: none of these asks for a key here."""
+    processes = list(locked.processes.values())
+    before = {process: len(process.stderr) for process in processes}
+    workers = [worker["control_address"] for worker in locked.status()["workers"]]
+    mirror = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+    public = (codec.JOIN, mirror, "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch")
+    for address, paths in (
+        (locked.grpc, public),
+        *((worker, [codec.SESSION]) for worker in workers),
+    ):
+        with grpc.insecure_channel(address) as channel:
+            for path in paths:
+                for junk in (b"\xff\xff\xff", b"\x0a\x02\xff\xfe", b"\x0b" * 1000):
+                    with pytest.raises(grpc.RpcError) as caught:
+                        list(channel.stream_stream(path)(iter([junk]), timeout=30))
+                    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, (address, path)
+    assert ask(locked).status == 200
+    for process, length in before.items():
+        new = process.stderr[length:]
+        assert "traceback" not in new.lower(), process.name
+        refused = new.count('"call refused"')
+        assert refused == (6 if process is processes[0] else 3), process.name
 
 
 def test_logs_name_the_request_and_never_the_prompt(locked: Cluster) -> None:

@@ -229,6 +229,7 @@ def cases(limits: Limits) -> list[Case]:
     )
 
     beyond(48, "seed", (-(2**63) - 1,), (2**63, 2**64), "integer")
+    beyond(48, "priority", (-(2**31),), (2**31,), "integer")
     bad(48, "invalid_type", "seed", {"seed": "x"}, {"seed": 1.5}, {"seed": True})
     bad(49, "array_above_max_length", "stop", {"stop": list("abcdefgh")[: limits.max_stop + 1]})
     bad(50, "invalid_value", "stop", {"stop": ""}, {"stop": [""]}, {"stop": ["a", ""]})

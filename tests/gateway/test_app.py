@@ -19,12 +19,13 @@ import pytest
 import uvicorn
 from starlette.routing import Route
 
-from cluster.errors import NoWorkers, Overloaded, WorkerLost
+from cluster.errors import EngineFailed, NoWorkers, Overloaded, WorkerLost
 from cluster.process import JsonLines
 from gateway.app import create_app
 from gateway.connection import Connection
 from gateway.gateway import Gateway
 from gateway.routes import MAX_BODY_PIECES
+from gateway.scrape import Siblings
 from gateway.text import TextPool
 from tests.gateway.fakes import (
     END,
@@ -165,6 +166,14 @@ async def test_a_failure_before_the_first_byte_has_its_status(house: House) -> N
         assert (reply.status, reply.error["code"]) == (503, "overloaded")
         assert reply.headers["retry-after"] == "3"
     assert house.sample("baton_errors_total", code="overloaded") == 2
+
+
+async def test_what_killed_two_workers_is_not_to_be_tried_again(house: House) -> None:
+    """Clients of OpenAI try a 500 again by themselves."""
+    house.sequencer.script = then(says("Hi"), EngineFailed("It failed."), after=0)
+    reply = await house.browser.post("/v1/completions", PROMPT)
+    assert (reply.status, reply.error["code"]) == (500, "engine_error")
+    assert reply.headers["x-should-retry"] == "false" and "retry-after" not in reply.headers
 
 
 async def test_a_failure_after_the_first_byte_is_an_event_and_no_done(house: House) -> None:
@@ -475,7 +484,11 @@ async def test_tokenize_and_back(house: House) -> None:
 async def test_small_answers(house: House) -> None:
     assert (await house.browser.get("/version")).json() == {"version": "0.0.test"}
     assert (await house.browser.get("/load")).json() == {"server_load": 0}
-    assert (await house.browser.get("/status")).json() == {"ready": True, "workers": []}
+    status = {"ready": True, "workers": []}
+    assert (await house.browser.get("/status")).json() == status
+    house.gateway.siblings = Siblings(8000, ("127.0.0.1:5", "127.0.0.1:6"), 1)
+    status |= {"gateway": "127.0.0.1:6", "gateways": ["127.0.0.1:5", "127.0.0.1:6"]}
+    assert (await house.browser.get("/status")).json() == status
     document = (await house.browser.get("/openapi.json")).json()
     body = document["paths"]["/v1/completions"]["post"]["requestBody"]
     assert "max_tokens" in body["content"]["application/json"]["schema"]["properties"]

@@ -10,7 +10,7 @@ from gateway.ask import Limits
 from tests.gateway.catalogue import cases
 from tests.gateway.transport import exchanges
 
-ROWS = {*map(str, range(1, 89)), *(f"G{number}" for number in range(1, 12))}
+ROWS = {*map(str, range(1, 89)), *(f"G{number}" for number in range(1, 14)), "Z1", "Z2"}
 
 SHOWN = {
     "70": "tests.e2e.test_door:test_a_rate_is_a_keys_whoever_it_says_it_is",
@@ -34,6 +34,10 @@ SHOWN = {
     "G9": "tests.gateway.test_grpc_door:test_when_to_come_back",
     "G10": "tests.gateway.test_grpc_door:test_odd_metadata",
     "G11": "tests.gateway.test_grpc_door:test_streams_that_are_opened_and_reset",
+    "G12": "tests.test_unknown_orders:test_unknown_requests_grow_nothing",
+    "G13": "tests.cluster.test_rpc:test_nobody_else_gets_as_far_as_a_call",
+    "Z1": "tests.kvtransfer.test_receiver:test_fuzz_is_dropped_counted_and_cut_after_ten",
+    "Z2": "tests.kvtransfer.test_receiver:test_memory_stays_flat_whoever_calls",
 }
 """Rows that no table can hold, each with its test."""
 
@@ -43,9 +47,14 @@ OTHERWISE = {
     "60": "Likewise: only the body's own size counts.",
     "61": "Likewise: there is no grammar that could break anything for the next.",
     "62": "No tools are offered: refused whole, whatever their schema.",
+    "68": "A key of 64 KiB makes the head too large: 431 before anybody looks at it, as in row 78.",
+    "73": "A NUL is in no header that HTTP allows: 400, as in row 75.",
+    "G10": "No base64 in a -bin field: INTERNAL, by gRPC's core, before any code of ours.",
+    "G12": "Orders share one stream, whose status is no single one's: each gets a Failed.",
+    "G13": "At a port with keys TLS says no before there is a call: UNAVAILABLE at the intruder.",
 }
-"""Rows whose answer is another than the catalogue expects, because what they attack is not there.
-Their bodies are in the table all the same."""
+"""Rows whose answer is, in whole or in part, another than the catalogue expects, and why. Their
+bodies are tried all the same."""
 
 LIMITS = Limits(("m",), vocab_size=1000, max_model_len=64, max_prompt_tokens=40)
 
@@ -55,7 +64,7 @@ def test_every_row_has_its_place() -> None:
     table |= {str(exchange.row) for exchange in exchanges("m")}
     assert not table & SHOWN.keys(), "said twice"
     assert table | SHOWN.keys() == ROWS
-    assert OTHERWISE.keys() <= table
+    assert OTHERWISE.keys() <= ROWS
 
 
 @pytest.mark.parametrize("row", SHOWN)

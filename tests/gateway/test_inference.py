@@ -156,6 +156,27 @@ async def test_malformed_messages(line: Line, data: bytes, code: str) -> None:
     assert (await line.generate(ask())).choices[0].text == "Hi"
 
 
+@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\x02\xff\xfe", b"\x0b" * 10_000])
+async def test_malformed_messages_to_probes(
+    line: Line, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They ask for no key: whoever sends such must not fill the log with it."""
+    health, mirror = f"/{inference.HEALTH}/", "/grpc.reflection.v1alpha.ServerReflection/"
+
+    async def one() -> AsyncIterator[bytes]:
+        yield data
+
+    for call in (
+        line.channel.unary_unary(health + "Check")(data),
+        line.channel.unary_stream(health + "Watch")(data).read(),
+        line.channel.stream_stream(mirror + "ServerReflectionInfo")(one()).read(),
+    ):
+        assert (await refusal(call)).code() is Code.INVALID_ARGUMENT
+    unknown = line.channel.unary_unary(health + "List")(b"")
+    assert (await refusal(unknown)).code() is Code.UNIMPLEMENTED
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def test_unknown_fields_inside_are_seen_too() -> None:
     message = ask(messages=conversation("x"))
     message.messages.messages[0].MergeFromString(b"\xa2\x06\x01x")

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +18,7 @@ import yaml
 from cluster.errors import StartError, Unauthorized
 from gateway import keys as keys_module
 from gateway.ask import Limits
-from gateway.keys import ANYONE, REFRESH_S, Keys, Tenant, read
-from tests import virtual
+from gateway.keys import ANYONE, Keys, Tenant, read
 from tests.gateway.transport import entry
 
 ENTRY = entry("right", "a")
@@ -115,9 +115,12 @@ def test_nothing_kept_shows_the_key() -> None:
 
 
 def test_keys_one_a_line(file: Path) -> None:
-    file.write_text("a\n\n  b\r\n#c\n")
+    file.write_text("# ours\na\n\n  b\r\n#old\n  # c\nd#e\n")
     keys = Keys(["given"], file)
-    assert len({bearer(keys, key).salt for key in ("a", "b", "#c", "given")}) == 4
+    assert len({bearer(keys, key).salt for key in ("a", "b", "d#e", "given")}) == 4
+    for comment in ("#old", "#c", "#"):
+        with pytest.raises(Unauthorized):
+            bearer(keys, comment)
     assert bearer(keys, "a") == bearer(Keys(["a"]), "a")
 
 
@@ -133,6 +136,17 @@ def test_a_list_of_digests(file: Path, write: Callable[[Any], str]) -> None:
     assert bearer(keys, "right") == Tenant("b", bearer(keys, "right").salt)
     with pytest.raises(Unauthorized):
         bearer(keys, str(ENTRY["key_sha256"]))  # a digest opens nothing
+
+
+@pytest.mark.parametrize("head", ["---\n", "--- # ours\n\n", "\n  \n #\n---\n", "\n" * 10_000])
+def test_what_may_stand_before_a_list(file: Path, head: str) -> None:
+    file.write_text(head + yaml.safe_dump([ENTRY]))
+    assert bearer(Keys(file=file), "right").name == "a"
+
+
+def test_ten_thousand_blank_lines_take_no_time(file: Path) -> None:
+    file.write_text("\n" * 10_000 + "key")
+    bearer(Keys(file=file), "key")
 
 
 def test_keys_of_one_tenant_share_its_salt_and_limits(file: Path) -> None:
@@ -171,6 +185,9 @@ def test_models_of_a_key(models: tuple[str, ...], usable: tuple[str, ...]) -> No
         ("", "holds no keys"),
         ("\n\n", "holds no keys"),
         ("[]", "holds no keys"),
+        ("# old", "holds no keys"),
+        ("---", "not a list"),
+        ("---\ntenant: a", "not a list"),
         ("ok\na b", "line 2"),
         ("schlüssel", "line 1"),
         ("same\nsame", "holds a key twice"),
@@ -231,11 +248,17 @@ def test_a_file_that_changes_is_read_again(file: Path) -> None:
             bearer(keys, gone)
 
 
-@virtual.on_virtual_time
-async def test_it_is_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = []
-    monkeypatch.setattr(Keys, "refresh", lambda keys: looks.append(keys))
+async def test_it_is_looked_at_now_and_then_and_no_stream_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop, looks = asyncio.get_running_loop(), asyncio.Queue[threading.Thread]()
+
+    def look(keys: Keys) -> None:
+        loop.call_soon_threadsafe(looks.put_nowait, threading.current_thread())
+
+    monkeypatch.setattr(keys_module, "REFRESH_S", 0.0)
+    monkeypatch.setattr(Keys, "refresh", look)
     following = asyncio.create_task(Keys(["given"]).follow())
-    await asyncio.sleep(10 * REFRESH_S + 0.1)
+    for _ in range(3):
+        assert await looks.get() is not threading.main_thread()
     following.cancel()
-    assert len(looks) == 10

@@ -17,9 +17,12 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from cluster.config import GatewayConfig
+from cluster.ports import address
+from cluster.pressure import Pressure
 from cluster.wire import inference_pb2 as wire
 from gateway import main
 from gateway.gateway import Gateway
+from gateway.keys import Keys
 from tests.gateway.fakes import MODEL, FakePools, FakeSequencer, make_gateway, says, then
 
 ASK = wire.GenerateRequest(model=MODEL, prompt="Q", max_tokens=9)
@@ -33,12 +36,11 @@ class Members(FakePools):
 
     def __init__(self) -> None:
         super().__init__()
-        self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.gateway: Gateway | None = None
         self.active_at_close = -1
 
     async def watch(self) -> None:
-        await self.failure
+        await asyncio.Event().wait()
 
     async def close(self) -> None:
         assert self.gateway is not None
@@ -49,18 +51,27 @@ class Process:
     """One gateway, serving in this event loop. `gate` holds up every answer's second token."""
 
     def __init__(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shutdown_timeout: float
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        shutdown_timeout: float,
+        host: str = "127.0.0.1",
     ) -> None:
         self.gate = asyncio.Event()
+        self.host = host
         self.pools = Members()
         self.sequencer = FakeSequencer(then(says("abc"), self.gate, after=1))
         self.gateway = make_gateway(tmp_path, self.sequencer, pools=self.pools)
         self.pools.gateway = self.gateway
         monkeypatch.setattr(main, "build", lambda *_: (self.gateway, self.pools))
         self.http, grpc_port = free_ports(2)
-        self.address = f"127.0.0.1:{grpc_port}"
+        self.address = address(host, grpc_port)
         config = GatewayConfig(
-            port=self.http, grpc_port=grpc_port, shutdown_timeout=shutdown_timeout
+            host=host,
+            port=self.http,
+            grpc_host=host,
+            grpc_port=grpc_port,
+            shutdown_timeout=shutdown_timeout,
         )
         self.stopping = asyncio.Event()
         self.serving = asyncio.create_task(main.serve(config, self.stopping))
@@ -69,13 +80,13 @@ class Process:
     async def callers(self) -> AsyncIterator[tuple[aiohttp.ClientSession, grpc.aio.Channel]]:
         while not await self.answers_http():
             await asyncio.sleep(0)
-        http = aiohttp.ClientSession(f"http://127.0.0.1:{self.http}")
+        http = aiohttp.ClientSession(f"http://{address(self.host, self.http)}")
         async with http, grpc.aio.insecure_channel(self.address) as channel:
             yield http, channel
 
     async def answers_http(self) -> bool:
         try:
-            _, writer = await asyncio.open_connection("127.0.0.1", self.http)
+            _, writer = await asyncio.open_connection(self.host, self.http)
         except ConnectionRefusedError:
             return False
         writer.close()
@@ -89,10 +100,15 @@ def shutdown_timeout() -> float:
 
 
 @pytest.fixture
+def host() -> str:
+    return "127.0.0.1"
+
+
+@pytest.fixture
 async def process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shutdown_timeout: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shutdown_timeout: float, host: str
 ) -> AsyncIterator[Process]:
-    process = Process(tmp_path, monkeypatch, shutdown_timeout)
+    process = Process(tmp_path, monkeypatch, shutdown_timeout, host)
     yield process
     process.gate.set()
     process.stopping.set()
@@ -195,12 +211,54 @@ def _status(data: object) -> int:
     return int(health_pb2.HealthCheckResponse.FromString(data).status)
 
 
+@pytest.mark.parametrize(
+    "part", ["pools.watch", "keys.follow", "pressure.watch", "main.watch_readers"]
+)
 async def test_a_part_that_breaks_ends_it_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    """Else revoked keys would stay in force, or it would refuse for ever."""
+    breaking = asyncio.Event()
+
+    async def broken(*_: object) -> None:
+        await breaking.wait()
+        raise ZeroDivisionError("bug")
+
+    owner, name = part.split(".")
+    kinds = {"keys": Keys, "pressure": Pressure, "pools": Members}
+    monkeypatch.setattr(kinds.get(owner, main), name, broken)
+    process = Process(tmp_path, monkeypatch, 0.0)
+    while not await process.answers_http():
+        await asyncio.sleep(0)
+    breaking.set()
+    assert await process.serving == 1
+    [record] = [r for r in caplog.records if r.levelno >= logging.CRITICAL]
+    assert record.exc_info is not None and isinstance(record.exc_info[1], ZeroDivisionError)
+
+
+async def test_what_strangers_send_fills_no_log(
     process: Process, caplog: pytest.LogCaptureFixture
 ) -> None:
     while not await process.answers_http():
         await asyncio.sleep(0)
-    process.pools.failure.set_exception(ZeroDivisionError("bug"))
-    assert await process.serving == 1
-    [record] = [r for r in caplog.records if r.levelno >= logging.CRITICAL]
-    assert record.exc_info is not None and isinstance(record.exc_info[1], ZeroDivisionError)
+    for sent in (
+        b"\x16\x03\x01 GET\r\n\r\n",
+        b"GET /live HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", process.http)
+        writer.write(sent)
+        writer.write_eof()
+        assert await reader.read()
+        writer.close()
+        await writer.wait_closed()
+    assert not [r for r in caplog.records if r.name.startswith("uvicorn")]
+
+
+@pytest.mark.parametrize("host", ["::1"])
+async def test_both_doors_over_ipv6(process: Process) -> None:
+    process.gate.set()
+    async with process.callers() as (http, channel):
+        async with http.post("/v1/completions", json=BODY) as streamed:
+            assert "[DONE]" in (await streamed.content.read()).decode()
+        whole = await channel.unary_unary(GENERATE_WHOLE)(ASK.SerializeToString())
+        assert wire.GenerateResponse.FromString(whole).choices[0].text == "abc"

@@ -28,15 +28,17 @@ async def test_both_doors_refuse_new_calls_until_it_is_over(tmp_path: Path) -> N
             replies = [
                 await browser.post("/v1/completions", body),
                 await browser.post("/v1/chat/completions", chat),
+                await browser.post("/tokenize", {"prompt": "Q"}),
+                await browser.post("/detokenize", {"tokens": [1]}),
                 await browser.get("/ready"),
                 await browser.get("/health"),
                 await browser.get("/live"),
             ]
             return [reply.status for reply in replies]
 
-        assert await statuses() == [200] * 5
+        assert await statuses() == [200] * 7
         pressure.look()
-        assert await statuses() == [503] * 4 + [200]
+        assert await statuses() == [503] * 6 + [200]
         refused = await browser.post("/v1/completions", body)
         assert refused.error["code"] == "overloaded"
         assert refused.error["message"] == "The server is short of memory."
@@ -46,7 +48,7 @@ async def test_both_doors_refuse_new_calls_until_it_is_over(tmp_path: Path) -> N
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         share = 0.5
         pressure.look()
-        assert await statuses() == [200] * 5
+        assert await statuses() == [200] * 7
         await line.generate(ask())
 
 

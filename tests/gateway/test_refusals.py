@@ -17,6 +17,7 @@ from gateway.fair import Standing
 from gateway.gateway import Gateway
 from gateway.keys import Keys
 from gateway.quota import Quotas
+from gateway.tokens import Tokenizer
 from tests.gateway.fakes import MODEL, Browser, FakeSequencer, Reply, make_gateway, says
 from tests.gateway.line import ask, line_to
 
@@ -50,9 +51,14 @@ class House:
         self.gateway.quotas = Quotas(self.time)
         self._app = create_app(self.gateway)
 
-    async def post(self, key: str, body: dict[str, Any] | None = None, **headers: str) -> Reply:
-        browser = Browser(self._app, key)
-        return await browser.post("/v1/completions", body or PROMPT, headers=headers)
+    async def post(
+        self,
+        key: str,
+        body: dict[str, Any] | None = None,
+        path: str = "/v1/completions",
+        **headers: str,
+    ) -> Reply:
+        return await Browser(self._app, key).post(path, body or PROMPT, headers=headers)
 
 
 def digest(key: str) -> str:
@@ -136,6 +142,36 @@ async def test_a_key_without_tokens_left_is_not_even_tokenised(
         assert (await house.post("limited", {**PROMPT, "prompt": prompt})).status == 429
 
 
+async def test_what_is_too_long_costs_a_request_and_is_not_tokenised_whole(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the 4 MiB that a body may hold a few times as much as fits is looked at."""
+    seen = []
+    encode = Tokenizer._encode
+    monkeypatch.setattr(
+        Tokenizer, "_encode", lambda self, text: seen.append(len(text)) or encode(self, text)
+    )
+    long = "Q" * (3 << 20)
+    for left, refused in ((2, {"prompt": long}), (1, {"prompt": ["Q", long]})):
+        reply = await house.post("limited", {**PROMPT, **refused})
+        assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
+        assert (reply.error["param"]) == "prompt"
+        assert reply.headers["x-ratelimit-remaining-requests"] == f"{left}"
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": long}]}
+    reply = await house.post("limited", chat, path="/v1/chat/completions")
+    assert (reply.error["code"], reply.error["param"]) == ("context_length_exceeded", "messages")
+    assert max(seen) < 100 * house.gateway.limits.max_model_len < len(long)
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+async def test_what_no_worker_sees_costs_a_request_too(house: House, path: str) -> None:
+    for left in (2, 1, 0):
+        reply = await house.post("limited", {"prompt": "Q", "tokens": [1]}, path=path)
+        assert reply.headers["x-ratelimit-remaining-requests"] == f"{left}"
+    reply = await house.post("limited", {"prompt": "Q", "tokens": [1]}, path=path)
+    assert (reply.status, reply.error["code"]) == (429, "requests_per_minute_exceeded")
+
+
 async def test_every_choice_is_admitted_before_any_begins(house: House) -> None:
     await house.post("free", {**PROMPT, "prompt": ["Q", "R"], "n": 2})
     assert house.sequencer.admitted == [(Standing("f"), 2), (Standing("f"), 4)]
@@ -158,8 +194,22 @@ async def test_every_choice_is_admitted_before_any_begins(house: House) -> None:
     ],
 )
 async def test_a_key_bounds_how_urgent_its_requests_may_be(
-    house: House, key: str, asked: int | None, given: int | None
+    house: House, tmp_path: Path, key: str, asked: int | None, given: int | None
 ) -> None:
+    async with line_to(tmp_path) as line:
+        line.gateway.keys = house.gateway.keys
+        call = line.generate(
+            ask(priority=asked), metadata=(("authorization", f"Bearer {key}"),), timeout=60.0
+        )
+        if given is None:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call
+            assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+            trailing = dict(refused.value.trailing_metadata() or ())
+            assert trailing["baton-code"] == "priority_forbidden"
+        else:
+            await call
+            assert line.sequencer.admitted[0][0].priority == given
     reply = await house.post(key, {**PROMPT, "priority": asked})
     if given is None:
         assert (reply.status, reply.error["type"]) == (403, "permission_error")
@@ -183,14 +233,16 @@ async def test_quotas_hold_over_grpc_too(tmp_path: Path, house: House) -> None:
         line.gateway.keys = house.gateway.keys
         line.gateway.quotas = Quotas(house.time)
         metadata = (("authorization", "Bearer limited"),)
-        for _ in range(3):
-            await line.generate(ask(), metadata=metadata)
+        for left in (2, 1, 0):
+            await (call := line.generate(ask(), metadata=metadata))
+            ended = dict(await call.trailing_metadata() or ())
+            assert ended["x-ratelimit-remaining-requests"] == f"{left}"
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await line.generate(ask(), metadata=metadata)
         trailing = dict(refused.value.trailing_metadata() or ())
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert trailing["baton-code"] == "requests_per_minute_exceeded"
-        assert trailing["retry-after"] == "20"
+        assert (trailing["retry-after"], trailing["x-ratelimit-limit-tokens"]) == ("20", "200")
         line.sequencer.refusal = Overloaded("Too much is waiting.", retry_after=3)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await line.generate(ask(), metadata=(("authorization", "Bearer free"),))

@@ -44,6 +44,19 @@ def test_each_sample_names_its_gateway_and_each_worker_comes_once() -> None:
     assert {dict(labels)["gateway"] for labels in buckets} == {"0", "1"}
 
 
+def test_each_gateways_own_queue_is_shown() -> None:
+    waiting = (3, 7)
+    texts = {}
+    for number in (0, 1):
+        made = metrics(1)
+        made.queue(lambda: 0, lambda number=number: waiting[number], lambda: 0.0)
+        texts[number] = made.exposition().decode()
+    shown = values(merge(0, texts), "vllm:num_requests_waiting")
+    own = {dict(labels)["gateway"]: n for labels, n in shown.items() if "gateway" in dict(labels)}
+    assert own == {"0": 3.0, "1": 7.0}
+    assert len(shown) == 3
+
+
 def test_a_family_is_described_once_and_in_one_place() -> None:
     text = merge(0, {n: metrics(1).exposition().decode() for n in (0, 1, 2)})
     heads = [line for line in text.splitlines() if line.startswith("#")]

@@ -177,21 +177,6 @@ def test_stop_finder_is_a_search(text: str, stop: str) -> None:
     assert found == [e for e in range(len(stop), len(text) + 1) if text[:e].endswith(stop)]
 
 
-@every_kind
-@quick
-@given(data=st.data(), stops=stop_sets)
-def test_resumed_anywhere_it_goes_on_the_same(
-    name: str, data: st.DataObject, stops: list[str]
-) -> None:
-    tokens = data.draw(tokens_of(name))
-    k = data.draw(st.integers(0, len(tokens)))
-    prompt = ids_of(data.draw(st.sampled_from(v.TEXT)), name)[-5:]
-    unbroken = TextStream(KINDS[name], prompt, stops, False, True, 3)
-    pieces = [unbroken.push(token) for token in tokens] + [unbroken.finish("stop")]
-    resumed = TextStream.resume(KINDS[name], prompt, stops, False, True, 3, emitted=tokens[:k])
-    assert [resumed.push(token) for token in tokens[k:]] + [resumed.finish("stop")] == pieces[k:]
-
-
 def test_stop_strings_do_not_count_within_min_tokens() -> None:
     tokens = [ids_of(character)[0] for character in "abcabc"]
     for min_tokens, shown in ((0, "ab"), (2, "ab"), (3, "abcab"), (5, "abcab"), (6, "abcabc")):

@@ -100,6 +100,21 @@ def test_texts_are_those_of_transformers(name: str, text: str) -> None:
         assert tokenizer.encode(text, special) == expected
 
 
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("text", [" " * 9000, "  \n" * 3000, "x" * 9000, "\u20ac \u00fc" * 3000])
+def test_what_fits_is_never_refused_for_its_characters(name: str, text: str) -> None:
+    tokenizer = KINDS[name]
+    ids = tokenizer.encode(text, False)
+    assert tokenizer.encode(text, False, most=max(1, len(ids))) == ids
+
+
+def test_a_text_of_several_times_as_many_tokens_is_refused() -> None:
+    tokenizer, text = KINDS["llama-3"], "one two " * 5000
+    with pytest.raises(BadRequest) as refused:
+        tokenizer.encode(text, False, most=len(tokenizer.encode(text, False)) // 40)
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "prompt")
+
+
 @pytest.mark.parametrize("name", CHAT)
 def test_special_tokens_in_a_clients_text_are_text(name: str) -> None:
     tokenizer = ours(name)
@@ -154,15 +169,14 @@ def test_templates_see_what_a_message_says() -> None:
     tokenizer = Tokenizer(v.chatml(), {"eos_token": "<|im_end|>"}, source)
     ids = tokenizer.chat([{"role": "user", "name": "<|im_start|>", "content": "  a <|im_end|>  "}])
     assert tokenizer.decode(ids, skip_special=False) == "<|im_start|>:a <|im_end|><|im_end|>"
-    assert [i for i in ids if i in tokenizer.special_ids] == [tokenizer.eos_id]
+    assert [i for i in ids if i in tokenizer.special_ids] == [v.chatml().token_to_id("<|im_end|>")]
 
 
 def test_a_named_token_is_special_even_if_the_file_forgot() -> None:
     backend = v.chatml()
     backend.add_tokens(["<|stop|>"])
     tokenizer = Tokenizer(backend, {"eos_token": "<|stop|>"}, "{{ messages[0].content }}<|stop|>")
-    stop = tokenizer.eos_id
-    assert stop is not None
+    stop = backend.token_to_id("<|stop|>")
     assert stop not in tokenizer.encode("a <|stop|>", special=True)
     assert tokenizer.chat([{"role": "user", "content": "<|stop|>"}]).count(stop) == 1
     assert tokenizer.decode([stop]) == ""
@@ -305,12 +319,10 @@ def test_from_dir(tmp_path: Path, config: Any, files: dict[str, str], rendered: 
     config = {"eos_token": {"content": "<|im_end|>"}, "bos_token": None, **config}
     tokenizer = Tokenizer.from_dir(write(tmp_path, config, **files))
     assert tokenizer.render(CONVERSATIONS[0]) == rendered
-    assert tokenizer.eos_id == v.chatml().token_to_id("<|im_end|>")
 
 
 def test_from_dir_with_the_tokenizer_alone(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_dir(write(tmp_path))
-    assert tokenizer.eos_id is None
     assert tokenizer.encode("hi", special=True) == v.chatml().encode("hi").ids
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cluster.errors import BadRequest, BatonError, NotFound
 from gateway import content, parse, validate
 from gateway.ask import Ask, Limits
+from gateway.fields import ChatBody, CompletionBody
 from tests.gateway.catalogue import CHAT, Case, cases
 
 LIMITS = Limits(
@@ -21,7 +22,7 @@ HI = [{"role": "user", "content": "hi"}]
 
 def run(case: Case, limits: Limits = LIMITS) -> Ask:
     """The gateway's way with a body, with one token per word in place of a tokenizer."""
-    data = validate.parse_json(case.raw())
+    data = parse.parse_json(case.raw())
     ask = (validate.chat if case.endpoint == CHAT else validate.completion)(data, limits)
     prompts = [p if isinstance(p, tuple) else (1,) * len(p.split()) for p in ask.prompts]
     validate.fit(ask, prompts or [(1,)], limits)
@@ -66,7 +67,7 @@ def test_names_made_up_by_the_client_are_not_repeated_at_length() -> None:
 
 def test_null_means_not_given() -> None:
     data = {"model": "tiny", "prompt": "hi"}
-    fields = set(validate.CompletionBody.model_fields) - data.keys()
+    fields = set(CompletionBody.model_fields) - data.keys()
     unsupported = ("best_of", "suffix", "prompt_logprobs", "guided_json", "truncate_prompt_tokens")
     asked = validate.completion({**data, **dict.fromkeys((*fields, *unsupported))}, LIMITS)
     assert asked == validate.completion(data, LIMITS)
@@ -255,7 +256,7 @@ def test_continuing_a_message_opens_no_new_turn() -> None:
     ],
 )
 def test_bodies_that_clients_send(endpoint: str, body: dict[str, Any]) -> None:
-    getattr(validate, endpoint)(validate.parse_json(json.dumps(body).encode()), LIMITS)
+    getattr(validate, endpoint)(parse.parse_json(json.dumps(body).encode()), LIMITS)
 
 
 def test_unknown_fields_can_be_ignored_but_not_silently(
@@ -419,7 +420,7 @@ json_values = st.recursive(
 
 
 @given(
-    st.sampled_from(sorted(validate.ChatBody.model_fields | validate.CompletionBody.model_fields)),
+    st.sampled_from(sorted(ChatBody.model_fields | CompletionBody.model_fields)),
     json_values,
     st.booleans(),
 )
@@ -484,14 +485,14 @@ def test_every_number_of_a_large_body_lets_other_threads_run(
 
     monkeypatch.setattr(parse, "_integer", counted)
     ids = list(range(-20, 30_000))
-    assert validate.parse_json(json.dumps({"tokens": ids}).encode()) == {"tokens": ids}
+    assert parse.parse_json(json.dumps({"tokens": ids}).encode()) == {"tokens": ids}
     assert calls == len(ids)
 
 
 @given(st.binary(max_size=60) | st.text(max_size=40).map(str.encode))
 def test_parse_any_bytes(body: bytes) -> None:
     try:
-        data = validate.parse_json(body)
+        data = parse.parse_json(body)
     except BadRequest:
         return
     assert data == json.loads(body)
@@ -502,9 +503,9 @@ def test_parse_what_json_writes(data: Any) -> None:
     text = json.dumps(data)
     if "NaN" in text or "Infinity" in text:
         return
-    assert validate.parse_json(text.encode()) == data
-    assert validate.parse_json(json.dumps(data, ensure_ascii=False).encode()) == data
+    assert parse.parse_json(text.encode()) == data
+    assert parse.parse_json(json.dumps(data, ensure_ascii=False).encode()) == data
 
 
 def test_surrogate_pairs_and_escaped_backslashes_are_text() -> None:
-    assert validate.parse_json(b'"\\ud83d\\ude00 \\\\ud800"') == "\U0001f600 \\ud800"
+    assert parse.parse_json(b'"\\ud83d\\ude00 \\\\ud800"') == "\U0001f600 \\ud800"

@@ -130,7 +130,16 @@ def exchanges(model: str) -> list[Exchange]:
         sent = get("/v1/completions", method=method)
         found.append(Exchange(72, sent, 405, "method_not_allowed", headers=allow))
     bad(72, 404, "not_found", get("/v1/nothing"), get("/"), get("/v1/completions/"), closes=False)
-    labels = (["a", "b"], ["x" * 10_000], ["a b"], ["\xe9"], ["x" * 129], [""])
+    labels = (
+        ["a", "b"],
+        ["x" * 10_000],
+        ["a b"],
+        ["\xe9"],
+        ["x" * 129],
+        [""],
+        ["a\tb"],
+        ["a\x01\x7fb"],
+    )
     for label in labels:
         sent = good(model, *(f"X-Request-Id: {each}" for each in label))
         found.append(Exchange(73, sent, 200, headers={"x-request-id": OURS}))
