@@ -87,11 +87,17 @@ class Pressure:
 
 def memory(root: Path = Path("/")) -> float:
     """The share of the tightest limit; of the machine's memory if no cgroup of ours has one."""
-    shares = list(_of_cgroups(root))
-    return max(shares) if shares else _of_machine(root)
+    limits = list(_of_cgroups(root)) or [_of_machine(root)]
+    return max(used / max(1, limit) for limit, used in limits)
 
 
-def _of_cgroups(root: Path) -> Iterator[float]:
+def free_bytes(root: Path = Path("/")) -> int:
+    """Memory that can still be taken: within every limit, and of what the machine has left."""
+    return min(limit - used for limit, used in (*_of_cgroups(root), _of_machine(root)))
+
+
+def _of_cgroups(root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and use, in bytes, of each group with a limit."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -107,19 +113,23 @@ def _of_cgroups(root: Path) -> Iterator[float]:
                 yield from _of_cgroup(directory, *files)
 
 
-def _of_cgroup(directory: Path, limit: str, usage: str, cache: tuple[str, str]) -> Iterator[float]:
+def _of_cgroup(
+    directory: Path, limit: str, usage: str, cache: tuple[str, str]
+) -> Iterator[tuple[int, int]]:
     most = (directory / limit).read_text().strip()
     if most == "max" or int(most) >= _UNLIMITED:
         return
     stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
-    used = int((directory / usage).read_text()) - sum(int(stat[name]) for name in cache)
-    yield used / max(1, int(most))
+    used = int((directory / usage).read_text()) - sum(int(stat.get(name, 0)) for name in cache)
+    yield int(most), used
 
 
-def _of_machine(root: Path) -> float:
+def _of_machine(root: Path) -> tuple[int, int]:
     lines = (root / "proc/meminfo").read_text().splitlines()
-    sizes = {name: int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines)}
-    return 1 - sizes["MemAvailable"] / sizes["MemTotal"]
+    sizes = {
+        name: int(rest.split()[0]) << 10 for name, _, rest in (x.partition(":") for x in lines)
+    }
+    return sizes["MemTotal"], sizes["MemTotal"] - sizes["MemAvailable"]
 
 
 def descriptors() -> float:

@@ -91,8 +91,10 @@ class Stopping(asyncio.Event):
 def run(main: Callable[[Stopping], Coroutine[Any, Any, int]], start_word: int = 0) -> int:
     """Run `main(stopping)` on uvloop; SIGTERM and SIGINT set `stopping`, a second one ends at once.
 
-    A StartError becomes one line on stderr and exit status 78. Of processes that share the pipe
-    `start_word`, what hinders one hinders all: only the one that gets the pipe's byte prints.
+    It may have as many descriptors as its hard limit lets it: the usual soft one, 1024, is there
+    for programs that use select(). A StartError becomes one line on stderr and exit status 78. Of
+    processes that share the pipe `start_word`, what hinders one hinders all: only the one that gets
+    the pipe's byte prints.
     """
 
     async def with_signals() -> int:
@@ -108,6 +110,8 @@ def run(main: Callable[[Stopping], Coroutine[Any, Any, int]], start_word: int = 
             asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
         return await main(stopping)
 
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         return uvloop.run(with_signals())
     except StartError as error:

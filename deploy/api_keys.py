@@ -7,23 +7,16 @@ The key is shown this once and kept nowhere; the entry holds its digest.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import secrets
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from cluster.errors import StartError
+from deploy.parser import Parser
 from gateway.keys import Entry, checked
 
 KEY_BYTES = 32
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise StartError(message)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,12 +33,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="baton keys api",
-        description="Make an API key: the key itself on stderr, its entry for "
-        "--api-key-file on stdout.",
-        allow_abbrev=False,
+def _parser() -> Parser:
+    parser = Parser(
+        "baton keys api",
+        "Make an API key: the key itself on stderr, its entry for --api-key-file on stdout.",
     )
     parser.add_argument("--tenant", default="default", help="keys of one share limits and cache")
     parser.add_argument("--models", nargs="+", help="names that it may use (default: all)")

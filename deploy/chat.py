@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 
 from cluster.errors import StartError
-from deploy.client import Parser, session, unreachable
+from deploy.client import ClientParser, get, session
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,17 +22,17 @@ def main(argv: Sequence[str]) -> int:
     Raises StartError. Ctrl-C ends a running answer of a conversation, and raises KeyboardInterrupt
     elsewhere.
     """
-    parser = Parser("baton chat", "Talk to a running cluster.")
+    parser = ClientParser("baton chat", "Talk to a running cluster.")
     parser.add_argument("question", nargs="*", help="ask only this and leave")
     parser.add_argument("--system", default="", help="system prompt")
     parser.add_argument("--max-tokens", type=int, default=0, help="0 leaves it to the server")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--timeline", action="store_true", help="show where the time went")
     options = parser.parse_args(list(argv))
-    try:
-        conversation = Conversation(options, asyncio.run(_model(options)))
-    except (aiohttp.ClientError, TimeoutError) as error:
-        raise unreachable(options, error) from None
+    models = get(options, "v1/models", "data")["data"]
+    if not models:
+        raise StartError("this API key may use no model")
+    conversation = Conversation(options, str(models[0]["id"]))
     if options.question:
         return asyncio.run(conversation.ask(" ".join(options.question)))
     return _talk(conversation)
@@ -54,14 +54,6 @@ def _talk(conversation: Conversation) -> int:
                 asyncio.run(conversation.ask(question))
 
 
-async def _model(options: Namespace) -> str:
-    async with session(options) as client, client.get("v1/models") as response:
-        body = await response.json()
-        if response.status != 200:
-            raise StartError(body["error"]["message"])
-        return str(body["data"][0]["id"])
-
-
 class Conversation:
     """What was said so far: only questions that got a whole answer, with their answers."""
 
@@ -81,6 +73,8 @@ class Conversation:
             return _say(str(error))
         except (aiohttp.ClientError, TimeoutError):
             return _say(f"the connection to {self._options.url} was lost")
+        except (ValueError, LookupError):
+            return _say(f"{self._options.url} answered as no Baton gateway does")
         self.messages += [asked, {"role": "assistant", "content": answer}]
         return 0
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from cluster import digests
 from cluster.errors import StartError
+from deploy.parser import Parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Raises StartError, also for a file that is not what it should be."""
-    parser = argparse.ArgumentParser(
-        prog="baton digest",
-        description=f"Write {digests.DIGESTS} into a model directory; from then on Baton serves "
-        "it only as it is now.",
-        allow_abbrev=False,
+    parser = Parser(
+        "baton digest",
+        f"Write {digests.DIGESTS} into a model directory; from then on Baton serves it only as it "
+        "is now.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="a model directory")
     parser.add_argument("--check", action="store_true", help="compare instead, all files")

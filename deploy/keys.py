@@ -6,7 +6,6 @@ and whoever wants other keys makes a new set. What the files are: cluster/creden
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -28,6 +27,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cluster.credentials import AUTHORITY, GATEWAY, KV_RECEIVER, KV_SENDER, WORKER, name_of
 from cluster.errors import StartError
+from deploy.parser import Parser
 
 DAYS: Final = 3650
 HERE: Final = ("localhost", "127.0.0.1", "::1")
@@ -42,10 +42,9 @@ To change keys make a new directory and restart every process with it."""
 
 def main(argv: Sequence[str]) -> int:
     """Raises StartError."""
-    parser = argparse.ArgumentParser(
-        prog="baton keys cluster",
-        description="Make the keys of a cluster's internal planes: TLS for gRPC, CURVE for KV.",
-        allow_abbrev=False,
+    parser = Parser(
+        "baton keys cluster",
+        "Make the keys of a cluster's internal planes: TLS for gRPC, CURVE for KV.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="made, or empty")
     parser.add_argument(

@@ -11,10 +11,12 @@ import asyncio
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -30,6 +32,7 @@ from cluster.config import (
 )
 from cluster.errors import StartError
 from cluster.messages import BOTH, DECODE, PREFILL
+from cluster.ports import address
 from deploy.door import Door, check_free
 
 STOP_S = 4.0
@@ -53,8 +56,8 @@ class Child:
 def main(argv: Sequence[str]) -> int:
     """Serve until Ctrl-C. Raises StartError."""
     config = load(ServeConfig, argv, "baton serve")
-    if not config.both and not (config.prefill and config.decode):
-        raise StartError("nothing could answer: give --prefill and --decode, or --both")
+    if not (config.decode or config.both):
+        raise StartError("nothing could answer: give --decode, with --prefill beside it, or --both")
     for flag, first in (("--grpc-port", config.grpc_port), ("--join-port", config.join_port)):
         if first + config.gateways - 1 > MAX_PORT:
             raise StartError(f"{flag} {first}: no {config.gateways} ports from there on")
@@ -105,7 +108,7 @@ class Launcher:
             config = replace(config, api_key=(*config.api_key, secrets.token_urlsafe(32)))
         self._config = config
         self._running: dict[str, asyncio.subprocess.Process] = {}
-        self._url = f"{config.scheme}://{config.host}:{config.port}"
+        self._url = f"{config.scheme}://{address(config.host, config.port)}"
 
     async def serve(self, stopping: process.Stopping) -> int:
         """The exit status. Raises StartError if anything ends before all is ready.
@@ -138,7 +141,7 @@ class Launcher:
                 if status == process.EXIT_START:
                     return status
                 raise StartError(f"{child.name} ended with status {status} before it was ready")
-            self._announce(await up)
+            self._announce(*await up)
             keepers = [
                 asyncio.create_task(self._keep(child, end))
                 for child, end in zip(plan, ends, strict=True)
@@ -191,36 +194,46 @@ class Launcher:
             process.say(f"baton: {child.name} ended with status {status}")
             if child.name == "gateway":
                 return status
-            pause = 1.0 if clock() - started > EARLY_DEATH_S else min(2 * pause, LONGEST_PAUSE_S)
-            await asyncio.sleep(pause)
-            await self._start(child)
+            if clock() - started > EARLY_DEATH_S:
+                pause = 0.5
+            while True:
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+                await asyncio.sleep(pause)
+                try:
+                    await self._start(child)
+                    break
+                except OSError as error:
+                    process.say(f"baton: {child.name} cannot be started: {error.strerror}")
             end = asyncio.create_task(self._end_of(child))
 
-    async def _until_ready(self, gateways: Sequence[str], workers: int) -> str:
-        """Ask each gateway until every worker has joined it. Returns the served model's name."""
+    async def _until_ready(self, gateways: Sequence[str], workers: int) -> tuple[str, str]:
+        """Ask each gateway until every worker has joined it. Returns the served model's name, and
+        why requests are refused though all are there, if they are."""
         keys = self._config.api_key
         headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
         deadline = asyncio.timeout(self._config.start_timeout)
         try:
             async with deadline, aiohttp.ClientSession(headers=headers) as client:
-                model, status = "", dict[str, Any]()
+                model = why_not = ""
                 for url in gateways:
+                    status = dict[str, Any]()
                     while len(status.get("workers", ())) < workers:
-                        status = await self._status(client, url)
+                        status = await self._get(client, f"{url}/status")
                         await asyncio.sleep(0.05)
-                    model, status = str(status["model"]), {}
-                return model
+                    model = str(status["model"])
+                    ready = await self._get(client, f"{url}/ready")
+                    why_not = why_not or ready.get("error", {}).get("message", "")
+                return model, why_not
         except TimeoutError:
             raise StartError("not ready in time: see --start-timeout") from None
 
-    async def _status(self, client: aiohttp.ClientSession, url: str) -> dict[str, Any]:
+    async def _get(self, client: aiohttp.ClientSession, url: str) -> dict[str, Any]:
         with contextlib.suppress(aiohttp.ClientError):
-            async with client.get(f"{url}/status", ssl=False) as response:  # our own child's
-                if response.status == 200:
-                    return dict(await response.json())
+            async with client.get(url, ssl=False) as response:  # our own child's
+                return dict(await response.json())
         return {}
 
-    def _announce(self, model: str) -> None:
+    def _announce(self, model: str, why_not: str) -> None:
         config = self._config
         pools = [
             f"{number} {role}"
@@ -233,9 +246,10 @@ class Launcher:
         ]
         if config.gateways > 1:
             pools.insert(0, f"{config.gateways} gateways")
+        state = f"is up, but refuses requests: {why_not}" if why_not else "is ready:"
         process.say(
-            f"Baton is ready: {self._url}  pools: {' + '.join(pools)}  model: {model}\n"
-            f"Ask it: baton chat --url {self._url} 'What is a landing?'",
+            f"Baton {state} {self._url}  pools: {' + '.join(pools)}  model: {model}\n"
+            f"Ask it: {_command()} chat --url {self._url} 'What is a landing?'",
             sys.stdout,
         )
 
@@ -254,6 +268,12 @@ async def end_all(children: Iterable[asyncio.subprocess.Process], limit: float =
             if child.returncode is None:
                 child.kill()
                 await child.wait()
+
+
+def _command() -> str:
+    """`baton`, as the shell finds it that started us."""
+    typed = sys.argv[0]
+    return "baton" if Path(typed).name != "baton" or shutil.which("baton") == typed else typed
 
 
 def _start_word() -> int:

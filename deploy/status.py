@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Sequence
 from typing import Any
 
-import aiohttp
-
-from cluster.errors import StartError
-from deploy.client import Parser, session, unreachable
+from deploy.client import ClientParser, get
 
 COLUMNS = (
     ("name", "name"),
@@ -31,20 +27,12 @@ COLUMNS = (
 
 def main(argv: Sequence[str]) -> int:
     """Exit status 0 if the cluster can answer requests, 1 if not. Raises StartError."""
-    parser = Parser("baton status", "Pools, peers, load and free blocks of a running cluster.")
+    parser = ClientParser(
+        "baton status", "Pools, peers, load and free blocks of a running cluster."
+    )
     parser.add_argument("--json", action="store_true", help="print what GET /status answers")
     options = parser.parse_args(list(argv))
-
-    async def ask() -> dict[str, Any]:
-        async with session(options) as client, client.get("status") as response:
-            if response.status != 200:
-                raise StartError(f"{options.url}/status answers {response.status}")
-            return dict(await response.json())
-
-    try:
-        status = asyncio.run(ask())
-    except (aiohttp.ClientError, TimeoutError) as error:
-        raise unreachable(options, error) from None
+    status = get(options, "status", "workers")
     print(json.dumps(status, indent=2) if options.json else table(status))
     return 0 if status["ready"] else 1
 
@@ -57,7 +45,9 @@ def table(status: dict[str, Any]) -> str:
         rows.append([str(shown[key]) for _, key in COLUMNS])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    state = (
-        "ready" if status["ready"] else "not ready: needs a prefill and a decode worker, or a both"
-    )
+    state = "ready"
+    if not status["ready"]:
+        state = "not ready: it is about to end, or has no decode worker and none of role both"
+    if "gateway" in status:
+        state += f" (as seen by {status['gateway']}, one of {len(status['gateways'])} gateways)"
     return "\n".join([f"model {status['model']}: {state}", *(line.rstrip() for line in lines)])

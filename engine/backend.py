@@ -8,7 +8,6 @@ cpu      native where the C++ kernels were built and this CPU runs them, else to
 from __future__ import annotations
 
 import logging
-from typing import Final
 
 import torch
 
@@ -18,9 +17,6 @@ from engine import native
 from engine.ops import Ops, TorchOps
 
 log = logging.getLogger(__name__)
-
-KERNELS: Final = ("auto", "torch", "native", "triton")
-QUANTIZATIONS: Final = ("none", "int8")
 
 
 def find_device(name: str) -> torch.device:
@@ -44,12 +40,8 @@ def choose_ops(
     quantization: str = "none",
     block_size: int = 16,
 ) -> Ops:
-    """Raises StartError where kernels, device, dtype and the model's shape do not go together."""
-    if kernels not in KERNELS:
-        raise StartError(f"--kernels: {kernels!r} is not one of {', '.join(KERNELS)}")
-    if quantization not in QUANTIZATIONS:
-        known = ", ".join(QUANTIZATIONS)
-        raise StartError(f"--quantization: {quantization!r} is not one of {known}")
+    """Raises StartError where kernels, device, dtype and the model's shape do not go together. What
+    each may be is the configuration's to say (cluster/config.py)."""
     if kernels == "auto":
         kernels = _best(config, device)
     if quantization != "none" and kernels != "native":

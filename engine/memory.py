@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import torch
 
@@ -13,22 +12,13 @@ from engine.models.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
-_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_USED = Path("/sys/fs/cgroup/memory.current")
-
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on a device; of the host also within its cgroup's limit."""
+    """Memory that can still be taken on a device; of the host also within its cgroups' limits."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    sizes = {name: int(rest.split()[0]) << 10 for name, rest in (s.split(":", 1) for s in lines)}
-    free = sizes["MemAvailable"]
-    try:
-        return min(free, int(_LIMIT.read_text()) - int(_USED.read_text()))
-    except (OSError, ValueError):  # no such limit
-        return free
+    return pressure.free_bytes()
 
 
 def check_weights(model: Decoder) -> None:

@@ -37,7 +37,8 @@ def new_socket() -> socket.socket:
 
 
 def name_of(kind: str, peer: Peer) -> str:
-    """Where this start of this worker listens. Unknown to all before it starts."""
+    """Where this start of this worker listens. Nobody else's start has the name; who might guess it
+    is not let in: see `owner`."""
     return f"\0baton/{kind}/{peer.incarnation:016x}"
 
 

@@ -1,4 +1,4 @@
-"""Attention as the model sees it, its definition in plain torch, and a cache for one sequence.
+"""Attention as the model sees it, and its definition in plain torch.
 
 A stage passes its own `Attend` (paged, batched); what it must equal is written here.
 """
@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from cluster.model import ModelConfig
 
 Write = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(keys, values [slots, kv_heads, head_dim], slots [tokens] int64) -> q [tokens, heads, head_dim].
@@ -65,34 +63,3 @@ def causal_attention_reference(
     weights = scores.masked_fill_(hidden, float("-inf")).softmax(dim=-1).to(v.dtype)
     out = weights.view(kv_heads, group * queries, keys) @ v.transpose(0, 1)
     return out.view(kv_heads, group, queries, head_dim).permute(2, 0, 1, 3).reshape(q.shape)
-
-
-class DenseCache:
-    """Keys and values of one sequence from its first token, contiguous; no pages, no blocks.
-
-    The single-process reference of tests and accuracy measurements. `dtype` is that of its keys and
-    values.
-    """
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
-        self._windows = config.windows
-        self._scale = config.head_dim**-0.5
-        self.shape = (config.kv_heads, config.head_dim)
-        empty = torch.empty((2, 0, *self.shape), dtype=dtype)
-        self._layers = [empty] * config.layers
-
-    def attend(self, tokens: int) -> Attend:
-        """For one forward of the next `tokens` tokens."""
-        slots = torch.arange(tokens)
-
-        def attend(layer: int, write: Write) -> Tensor:
-            held = self._layers[layer]
-            start = held.shape[1]
-            keys, values = new = held.new_empty((2, tokens, *held.shape[2:]))
-            q = write(keys, values, slots)
-            self._layers[layer] = torch.cat((held, new), dim=1)
-            k, v = self._layers[layer].to(q.dtype)
-            window = self._windows[layer]
-            return causal_attention_reference(q, k, v, self._scale, window, start)
-
-        return attend

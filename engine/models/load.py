@@ -12,7 +12,7 @@ import torch
 
 from cluster import digests
 from cluster.errors import BadModel, StartError
-from cluster.model import DTYPES, ModelConfig, load_config
+from cluster.model import ModelConfig, load_config
 from engine.backend import choose_ops, find_device
 from engine.memory import check_weights
 from engine.models.decoder import Decoder
@@ -22,7 +22,6 @@ from engine.weights import Checkpoint, Shape
 Progress = Callable[[int, int], None]
 """(bytes done, bytes in all), called after each tensor."""
 
-LOAD_FORMATS: Final = ("auto", "dummy")
 _STORED: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _EMBEDDING: Final = "model.embed_tokens.weight"
 _HEAD: Final = "lm_head.weight"
@@ -58,10 +57,6 @@ def load_model(
     dtype "auto" is float32 on the CPU, where half precision is emulated and slower, and the
     checkpoint's own elsewhere. Raises BadModel for the directory, StartError for the rest.
     """
-    if load_format not in LOAD_FORMATS:
-        raise StartError(f"load format {load_format!r} is not one of {', '.join(LOAD_FORMATS)}")
-    if dtype not in ("auto", *DTYPES):
-        raise StartError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     place = find_device(device)
     digests.verify(directory, weights=load_format == "auto", skip=skip_digest)
     config = load_config(directory)

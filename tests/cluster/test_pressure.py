@@ -71,6 +71,25 @@ def test_a_container_that_sees_only_its_own_part(machine: Machine) -> None:
     assert pressure.memory(machine.root) == pytest.approx(0.4)
 
 
+def test_what_can_still_be_taken(machine: Machine) -> None:
+    """Within every limit. What was read from files, as weights are, can be taken."""
+    assert pressure.free_bytes(machine.root) == 300 << 10
+    machine.write("proc/self/cgroup", "0::/house/room\n")
+    machine.v2("/house/room", "100000", 90000, cache=40000)
+    assert pressure.free_bytes(machine.root) == 90000
+    machine.v2("/house", "100000", 70000)
+    assert pressure.free_bytes(machine.root) == 30000
+    machine.write("proc/self/cgroup", "4:memory:/room\n")
+    machine.v1("/room", 50000, 40000, cache=5000)
+    assert pressure.free_bytes(machine.root) == 20000
+
+
+def test_a_statistic_without_page_cache(machine: Machine) -> None:
+    machine.v2("", "1000", 400)
+    machine.write("sys/fs/cgroup/memory.stat", "anon 5\n")
+    assert pressure.memory(machine.root) == pytest.approx(0.4)
+
+
 def test_the_readings_of_this_process() -> None:
     assert 0 < pressure.memory() < 1
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

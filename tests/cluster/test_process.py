@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
+from collections.abc import Iterator
 
 import pytest
 
@@ -27,3 +29,19 @@ def test_of_several_hindered_processes_one_says_why(capsys: pytest.CaptureFixtur
     finally:
         os.close(word)
     assert capsys.readouterr().err == "baton: the reason\n"
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[int]:
+    """As most shells have it, only fewer. The hard limit."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    yield before[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_it_may_have_as_many_descriptors_as_the_hard_limit_lets_it(few_descriptors: int) -> None:
+    async def look(stopping: asyncio.Event) -> int:
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+    assert process.run(look) == few_descriptors

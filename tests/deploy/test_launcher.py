@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import shutil
+import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from cluster.config import GatewayConfig, ServeConfig, WorkerConfig, load
 from cluster.errors import StartError
@@ -58,7 +64,7 @@ def test_pools_may_differ_in_block_size() -> None:
     assert sizes == {"prefill-0": 16, "decode-0": 64}
 
 
-@pytest.mark.parametrize("argv", [["--decode", "0"], ["--prefill", "0"]])
+@pytest.mark.parametrize("argv", [["--decode", "0"], ["--prefill", "0", "--decode", "0"]])
 def test_a_cluster_that_could_not_answer_is_refused(argv: list[str]) -> None:
     with pytest.raises(StartError, match="nothing could answer"):
         main(argv)
@@ -107,9 +113,13 @@ class Dying(Launcher):
         super().__init__(ServeConfig())
         self._lifetimes = iter(lifetimes)
         self.started: list[float] = []
+        self.hindered = 0  # how many starts fail
 
     async def _start(self, child: Child, word: int = 0) -> None:
         self.started.append(virtual.clock())
+        if self.hindered:
+            self.hindered -= 1
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     async def _end_of(self, child: Child) -> tuple[Child, int]:
         await asyncio.sleep(next(self._lifetimes))
@@ -130,3 +140,57 @@ def test_a_worker_that_keeps_dying_waits_longer_each_time_up_to_half_a_minute(
     pauses = [100.0 + pause for pause in (1, 3, 7, 15, 31, 61, 91, 121)]
     assert launcher.started == [*pauses, 322.0, 324.0]
     assert "baton: worker ended with status 70" in capsys.readouterr().err
+
+
+def test_what_cannot_be_started_now_is_tried_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """For want of memory, above all, of which the worker may have died."""
+    launcher = Dying(100, 100)
+    launcher.hindered = 2
+    virtual.run(launcher.keep())
+    assert launcher.started == [101.0, 103.0, 107.0, 208.0]
+    said = "baton: worker cannot be started: Cannot allocate memory\n"
+    assert capsys.readouterr().err.count(said) == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "found", "shown"),
+    [
+        (".venv/bin/baton", None, ".venv/bin/baton"),
+        ("/here/.venv/bin/baton", "/usr/bin/baton", "/here/.venv/bin/baton"),
+        ("/usr/bin/baton", "/usr/bin/baton", "baton"),
+        ("/here/cluster/cli.py", None, "baton"),
+    ],
+)
+def test_it_shows_the_command_that_works_in_the_readers_shell(
+    typed: str,
+    found: str | None,
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [typed, "serve"])
+    monkeypatch.setattr(shutil, "which", lambda name: found)
+    Launcher(ServeConfig())._announce("m", "")
+    ready, ask = capsys.readouterr().out.splitlines()
+    assert ready == "Baton is ready: http://127.0.0.1:8000  pools: 1 prefill + 1 decode  model: m"
+    assert ask == f"Ask it: {shown} chat --url http://127.0.0.1:8000 'What is a landing?'"
+
+
+async def test_a_gateway_that_refuses_is_not_called_ready(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async def status(request: web.Request) -> web.Response:
+        return web.json_response({"model": "m", "workers": [{}, {}]})
+
+    async def ready(request: web.Request) -> web.Response:
+        return web.json_response(
+            {"error": {"message": "The server is short of memory."}}, status=503
+        )
+
+    app = web.Application()
+    app.add_routes([web.get("/status", status), web.get("/ready", ready)])
+    launcher = Launcher(ServeConfig())
+    async with TestServer(app) as server:
+        launcher._announce(*await launcher._until_ready([str(server.make_url("")).rstrip("/")], 2))
+    told, _ = capsys.readouterr().out.splitlines()
+    assert told.startswith("Baton is up, but refuses requests: The server is short of memory. http")

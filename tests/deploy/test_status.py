@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import pytest
 
 from cluster.errors import StartError
-from deploy import chat, status
+from deploy import api_keys, chat, digest, keys, status
 
 WORKER = {
     "name": "decode-0",
@@ -34,6 +35,12 @@ def test_the_table_lines_up() -> None:
     assert rows[0].split()[-8:] == ["1", "2", "3", "4", "5", "6", "7", "22", "16"][-8:]
 
 
+def test_of_several_gateways_it_says_which_one_speaks() -> None:
+    several = {"gateway": "127.0.0.1:5", "gateways": ["127.0.0.1:4", "127.0.0.1:5"]}
+    text = status.table({"model": "m", "ready": True, "workers": [], **several})
+    assert text.splitlines()[0] == "model m: ready (as seen by 127.0.0.1:5, one of 2 gateways)"
+
+
 def test_what_is_missing_is_said() -> None:
     assert "not ready" in status.table({"model": "m", "ready": False, "workers": []})
 
@@ -47,6 +54,7 @@ def test_nothing_at_that_address(command: object) -> None:
         command.main(argv)  # type: ignore[attr-defined]
 
 
-def test_a_wrong_flag_is_one_line() -> None:
+@pytest.mark.parametrize("command", [status, chat, keys, api_keys, digest])
+def test_a_wrong_flag_is_one_line(command: Any) -> None:
     with pytest.raises(StartError, match="--nope"):
-        status.main(["--nope"])
+        command.main(["--nope", "directory"])

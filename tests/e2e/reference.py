@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.messages import Request, Sampling
-from engine.layers.attention import DenseCache
 from engine.models.decoder import Decoder
 from engine.models.load import load_model
 from engine.sampler import sample
 from engine.sequence import Sequence
+from tests.dense_cache import DenseCache
 
 
 class Transformers:

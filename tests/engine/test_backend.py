@@ -46,8 +46,6 @@ def test_a_head_that_native_kernels_do_not_do(caplog: pytest.LogCaptureFixture) 
 @pytest.mark.parametrize(
     ("kernels", "quantization", "message"),
     [
-        ("fast", "none", "--kernels: 'fast' is not one of auto, torch, native, triton"),
-        ("auto", "fp8", "--quantization: 'fp8' is not one of none, int8"),
         ("torch", "int8", "--quantization int8 needs --kernels native, and this worker has torch"),
         ("triton", "none", "--kernels triton: they run on a GPU alone"),
     ],

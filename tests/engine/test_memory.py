@@ -20,17 +20,6 @@ def test_free_memory_is_what_the_kernel_says() -> None:
     assert 0 < memory.free_bytes(CPU) < total
 
 
-def test_a_cgroup_allows_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit, used = tmp_path / "max", tmp_path / "current"
-    monkeypatch.setattr(memory, "_LIMIT", limit)
-    monkeypatch.setattr(memory, "_USED", used)
-    limit.write_text("5000\n")
-    used.write_text("4000\n")
-    assert memory.free_bytes(CPU) == 1000
-    limit.write_text("max\n")
-    assert memory.free_bytes(CPU) > 1000
-
-
 def test_blocks_that_do_not_fit_say_how_many_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: (64 << 20) + 10_500)
     memory.check_blocks(10, 1000, CPU)
