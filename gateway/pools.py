@@ -154,7 +154,6 @@ class Pools:
         self._listener: Callable[[], None] = lambda: None
         self._marked: tuple[Request, list[int]] | None = None
         self._draining = False
-        self.lost = 0  # workers lost without having drained
 
     @property
     def members(self) -> list[Member]:
@@ -234,7 +233,6 @@ class Pools:
             task.cancel()
         if self._members.get(member.peer.name) is member:
             del self._members[member.peer.name]
-            self.lost += not member.load.draining
             log.info("worker left", extra={"worker": member.peer.name})
         self._wake()
 

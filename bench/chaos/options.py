@@ -35,7 +35,7 @@ FULL: Final = Counts(
     long_stops=10,
     drains=10,
     cancels=10_000,
-    busy_seconds=600,
+    busy_seconds=120,
     gateways=3,
     asks=0,
 )
