@@ -322,7 +322,7 @@ def check(config: Common) -> None:
 
 
 def _check_value(flag: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> None:
-    shown = "a value" if metadata["secret"] else repr(value)
+    shown = "a value" if metadata["secret"] else _shown(repr(value))
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, _TYPES[kind]):
         raise StartError(f"{flag}: {shown} is not {_NAMES[kind]}")
     if metadata["secret"] and not KEY.fullmatch(value):
@@ -465,7 +465,11 @@ def _read_yaml(kind: type[Common], path: Path) -> dict[str, Any]:
 
 def _unknown(what: str, given: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
-    return f"unknown {what} {given}" + (f"; did you mean {near[0]}?" if near else "")
+    return f"unknown {what} {_shown(given)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _shown(text: str, most: int = 100) -> str:
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def _frozen(value: Any) -> Any:

@@ -44,6 +44,15 @@ def test_the_model_may_be_positional(tmp_path: Path) -> None:
     assert load(ServeConfig, [str(tmp_path)], "baton serve").model == str(tmp_path)
 
 
+def test_no_message_repeats_all_of_what_was_given(tmp_path: Path) -> None:
+    file = tmp_path / "baton.yaml"
+    for text in ("role: " + 900 * "x", 900 * "x" + ": 1"):
+        file.write_text(text)
+        with pytest.raises(StartError) as refused:
+            load(WorkerConfig, ["--config", str(file)], "baton worker")
+        assert "xxx..." in str(refused.value) and len(str(refused.value)) < 400
+
+
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
