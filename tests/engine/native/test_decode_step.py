@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from cluster.messages import KVLayout, LayerGroup, Request, Sampling
 from cluster.model import ModelConfig
-from engine import native
 from engine.batch import Batch, Chunk, Plan
 from engine.blocks import Block
 from engine.cache import KVCache
@@ -24,6 +22,7 @@ from engine.native.linear import Storage
 from engine.runner import Runner
 from engine.sequence import Sequence
 from tests.engine.shapes import CONFIG
+from tests.native import every_kernel  # noqa: F401  takes each set in turn
 
 BLOCK = 4
 CONTEXTS = (1, 5, 23, 150, 4)
@@ -32,18 +31,6 @@ MODELS = {
     "tied, biases": replace(CONFIG, tied=True, qkv_bias=True, o_bias=True, mlp_bias=True),
     "qk-norm, windows": replace(CONFIG, qk_norm=True, windows=(0, 6)),
 }
-
-
-@pytest.fixture(
-    params=[(isa, threads) for isa in native.isas() for threads in (1, 3)], autouse=True
-)
-def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    isa, threads = request.param
-    native.use(isa)
-    native.set_threads(threads)
-    yield
-    native.set_threads(1)
-    native.use(native.isas()[0])
 
 
 @dataclass

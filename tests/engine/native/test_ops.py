@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from engine import native
 from engine.layers.argmax import argmax as argmax_reference
 from engine.layers.norm import rms_norm as rms_norm_reference
 from engine.native.ops import (
@@ -18,22 +15,11 @@ from engine.native.ops import (
     swiglu,
     swiglu_reference,
 )
+from tests.native import every_kernel  # noqa: F401  takes each set in turn
 
 EPS = torch.finfo(torch.float32).eps
 SIZES = [1, 7, 8, 15, 16, 17, 33, 896, 5000]
 ROWS = [0, 1, 3, 70]
-
-
-@pytest.fixture(
-    params=[(isa, threads) for isa in native.isas() for threads in (1, 3)], autouse=True
-)
-def _kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    isa, threads = request.param
-    native.use(isa)
-    native.set_threads(threads)
-    yield
-    native.set_threads(1)
-    native.use(native.isas()[0])
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
