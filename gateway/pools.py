@@ -40,13 +40,14 @@ TURNS = 16
 
 PATIENCE_BEATS = 6
 """At most so many more for silence, one for each beat's time that ours have lately been late:
-what starves us of the processor starves the workers beside us, and they are not lost."""
+what starves us of the processor starves the workers beside us, and they are not lost. A beat more
+is remembered, so that all of it holds for a few seconds."""
 
 _ON_TIME_S = 0.1
 """A busy event loop is late by as much; one that waits for a processor is late by more."""
 
 _FADES = 0.98
-"""What is left after a beat of how late we were: a third after 14 s."""
+"""What is left after a beat of how late we were: nothing that counts after 25 s."""
 
 QUIET_BEATS = 2
 
@@ -244,6 +245,7 @@ class Pools:
             due = clock() + BEAT_S
             await asyncio.sleep(BEAT_S)
             late = _FADES * late + max(0.0, clock() - due - _ON_TIME_S)
+            late = min(late, (PATIENCE_BEATS + 1) * BEAT_S)
             patience = MISSED_BEATS + min(PATIENCE_BEATS, int(late / BEAT_S))
             for _ in range(TURNS):
                 await asyncio.sleep(0)

@@ -30,7 +30,7 @@ _DEATHS: Final = frozenset({"died", "hung", "engine"})
 class GivenBack(BatonError):
     """A draining worker has run out of time and lets another one go on."""
 
-    code = "draining"
+    code = "given_back"
 
 
 def cause_of(error: BatonError) -> str:

@@ -252,6 +252,8 @@ async def test_who_is_starved_itself_is_patient_for_a_while() -> None:
     hold_up(60)  # a suspended machine
     await asyncio.sleep(0.2)
     assert 2.5 < await lost_after() <= 3.02  # and never longer than a hang
+    await asyncio.sleep(25)
+    assert 1.25 <= await lost_after() <= 1.52
     watching.cancel()
 
 
