@@ -18,8 +18,9 @@ def listen(host: str, port: int, flag: str = "--port", reuse_port: bool = False)
             (host, port), family=family, backlog=BACKLOG, reuse_port=reuse_port
         )
     except OSError as error:
+        reason, _, _ = (error.strerror or str(error)).partition(" (")  # which address, once more
         raise StartError(
-            f"cannot listen on {address(host, port)} ({error.strerror}): choose another {flag}"
+            f"cannot listen on {address(host, port)} ({reason}): choose another {flag}"
         ) from None
 
 

@@ -32,7 +32,7 @@ def test_every_gateway_has_a_share_of_the_port_and_one_of_its_own() -> None:
 def test_a_port_that_is_taken_is_refused(reuse: bool) -> None:
     with (
         socket.create_server(("127.0.0.1", 0), reuse_port=reuse) as other,
-        pytest.raises(StartError, match="choose another --port"),
+        pytest.raises(StartError, match=r"\(Address already in use\): choose another --port"),
     ):
         Door("127.0.0.1", other.getsockname()[1], 2)
 
