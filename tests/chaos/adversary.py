@@ -167,11 +167,12 @@ class Adversary:
             assert rejected or tuple(parts) in self._house.sent, parts
 
     async def _intrude(self) -> None:
-        """A new connection; one in four says no hello, so all it sends is a stranger's."""
+        """A new connection; one in four says no hello, so all it sends is a stranger's: the second,
+        for a short attack too."""
         self.close()
         self._road, self._strikes = self._new_road(), 0
         self._starts += 1
-        self._stranger = self._random.random() < 0.25
+        self._stranger = self._starts % 4 == 2
         if not self._stranger:
             hello = prefill_hello(peer=Peer(f"evil{self._starts}", 1))
             greeting = Greeting(DECODE_PEER.incarnation)

@@ -3,7 +3,10 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -45,3 +48,10 @@ def test_it_may_have_as_many_descriptors_as_the_hard_limit_lets_it(few_descripto
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
     assert process.run(look) == few_descriptors
+
+
+def test_a_full_disk_behind_its_output_does_not_change_how_it_ends() -> None:
+    words = "import sys; from cluster.process import leave, say; say('ready', sys.stdout); leave(3)"
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run([sys.executable, "-c", words], stdout=full, stderr=full)
+    assert ended.returncode == 3

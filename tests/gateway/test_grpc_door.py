@@ -298,10 +298,15 @@ async def exhaust(reader: asyncio.StreamReader) -> None:
 async def test_a_log_line_per_call_and_no_prompt(
     locked: Line, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def lines() -> list[dict[str, Any]]:
+        return [vars(record) for record in caplog.records if record.message == "grpc request"]
+
     with caplog.at_level(logging.DEBUG):
         await locked.generate(ask(prompt="zebra"), metadata=bearer(KEY))
         await refusal(locked.generate(ask(prompt="zebra")))
-    lines = [vars(record) for record in caplog.records if record.message == "grpc request"]
-    assert [line["code"] for line in lines] == ["ok", "missing_api_key"]
-    assert all(len(line["request_id"]) == 32 for line in lines)
+        async with asyncio.timeout(10):
+            while len(lines()) < 2:  # it is written after the client was told
+                await asyncio.sleep(0)
+    assert [line["code"] for line in lines()] == ["ok", "missing_api_key"]
+    assert all(len(line["request_id"]) == 32 for line in lines())
     assert "zebra" not in json.dumps([vars(record) for record in caplog.records], default=str)
