@@ -194,7 +194,7 @@ class BlockPool:
 
     def _free_up(self, number: int) -> None:
         self._generations[number] += 1
-        self._free.append(number)
+        self._free.appendleft(number)  # the next to go: its memory is warm, or there at all
 
     def _leave_promised(self, block: Block) -> None:
         assert self.writable([block]), f"{block} is not promised"

@@ -158,6 +158,12 @@ def test_eviction_takes_the_least_recently_used_and_the_end_of_a_chain_first() -
         pool.take(2)
 
 
+def test_freed_memory_is_used_again_before_what_was_never_touched() -> None:
+    pool = BlockPool(8, 4)
+    pool.release(pool.take(3))
+    assert [block.number for block in pool.take(4)] == [0, 1, 2, 3]
+
+
 def test_releasing_twice_is_a_bug_that_says_so() -> None:
     pool = BlockPool(2, 4)
     blocks = pool.take(1)
