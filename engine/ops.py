@@ -13,10 +13,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from engine.layers.attention import Write, written
-from engine.layers.linear import Linear, TorchLinear
+from engine.layers.linear import Linear, TorchGated, TorchLinear, swiglu
 from engine.layers.norm import rms_norm
 from engine.layers.rope import rotate
 from engine.sampler import Candidates, Noise, Plainly
@@ -41,6 +40,9 @@ class Ops(Protocol):
     def linear(self, inputs: int, outputs: int, bias: bool = False) -> Linear:
         """An unfilled matrix in the form that this kind computes with."""
 
+    def gated(self, inputs: int, inner: int, bias: bool = False) -> Linear:
+        """One of 2 * inner rows, gates above ups: x -> silu(gate) * up [rows, inner]."""
+
     def embedding(self, rows: int, columns: int) -> Linear:
         """An unfilled table that is only looked up, never multiplied with."""
 
@@ -61,9 +63,6 @@ class Ops(Protocol):
         and sine [rows, head_dim / 2] float32.
         """
 
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        """[rows, 2 * inner] -> silu(first half) * second half [rows, inner]"""
-
     def argmax(self, logits: Tensor) -> Tensor:
         """As `engine.layers.argmax`."""
 
@@ -82,6 +81,9 @@ class TorchOps(Plainly):
 
     def linear(self, inputs: int, outputs: int, bias: bool = False) -> Linear:
         return TorchLinear(inputs, outputs, bias, self.dtype, self.device)
+
+    def gated(self, inputs: int, inner: int, bias: bool = False) -> Linear:
+        return TorchGated(inputs, inner, bias, swiglu, self.dtype, self.device)
 
     def embedding(self, rows: int, columns: int) -> Linear:
         return TorchLinear(columns, rows, False, self.dtype, self.device)
@@ -103,7 +105,3 @@ class TorchOps(Plainly):
         if norms is not None:
             q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
         return written(rotate(q, *angles), rotate(k, *angles), v)
-
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        return functional.silu(gate) * up

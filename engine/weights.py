@@ -1,7 +1,7 @@
-"""Weights of a checkpoint: safetensors checked before they are trusted, then read one by one.
+"""Weights of a checkpoint: safetensors checked before they are trusted, then read piece by piece.
 
-A tensor is mapped, handed out and unmapped again, so that loading needs the memory of the model
-plus that of one tensor. The library rejects malformed files too; the checks here come first so
+A piece is mapped, handed out and unmapped again, so that loading needs little more memory than the
+model. The library rejects malformed files too; the checks here come first so
 that the refusal names file, tensor and reason, and so that no byte is mapped on a lie.
 
 A file is `u64 little-endian header length | JSON header | data`; the header maps each tensor to
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +33,7 @@ INDEX: Final = "model.safetensors.index.json"
 
 DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER_BYTES: Final = 100_000_000
+PIECE_BYTES: Final = 32 << 20
 
 Shape = tuple[int, ...]
 
@@ -79,20 +80,22 @@ class Checkpoint:
                     "describes has none"
                 )
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU in its stored dtype: a view of the mapped file.
+    def read(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """The tensor in pieces of whole rows: the first row's number, and the rows on the CPU in
+        their stored dtype, a view of the mapped file.
 
-        Drop it before reading the next one; the mapping goes with it. Its bytes enter the digest.
+        Drop a piece before asking for the next; the mapping goes with it. The bytes enter the
+        digest. Raises BadModel.
         """
         info = self.tensors[name]
-        try:
-            with safe_open(info.file, framework="pt") as opened:
-                tensor: Tensor = opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise BadModel(f"{info.file.name}: tensor {name!r} cannot be read: {error}") from error
-        raw = tensor.reshape(-1).view(torch.uint8).numpy()
-        self._digests[name] = xxhash.xxh3_128_digest(raw.data)
-        return tensor
+        rows, digest = info.shape[0], xxhash.xxh3_128()
+        step = max(1, PIECE_BYTES * rows // max(1, info.bytes))
+        for first in range(0, rows, step):
+            piece = _read_rows(info, name, first, min(first + step, rows))
+            digest.update(piece.reshape(-1).view(torch.uint8).numpy().data)
+            yield first, piece
+            del piece
+        self._digests[name] = digest.digest()
 
     def digest(self) -> str:
         """Identifies the weights read so far, whatever files they lie in.
@@ -105,6 +108,15 @@ class Checkpoint:
             digest.update(json.dumps([name, info.dtype, info.shape]).encode())
             digest.update(self._digests[name])
         return digest.hexdigest()
+
+
+def _read_rows(info: TensorInfo, name: str, first: int, end: int) -> Tensor:
+    try:
+        with safe_open(info.file, framework="pt") as opened:
+            rows: Tensor = opened.get_slice(name)[first:end]
+    except (SafetensorError, OSError) as error:
+        raise BadModel(f"{info.file.name}: tensor {name!r} cannot be read: {error}") from error
+    return rows
 
 
 def _find_tensors(directory: Path) -> dict[str, TensorInfo]:

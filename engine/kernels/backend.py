@@ -12,7 +12,7 @@ from engine.kernels.rope_write import rope_write
 from engine.kernels.sampling import MAX_VOCAB
 from engine.kernels.swiglu import swiglu
 from engine.layers.attention import Write
-from engine.layers.linear import Linear, TorchLinear
+from engine.layers.linear import Linear, TorchGated, TorchLinear
 from engine.sampler import Plainly
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -31,6 +31,9 @@ class TritonOps(Plainly):
 
     def linear(self, inputs: int, outputs: int, bias: bool = False) -> Linear:
         return TorchLinear(inputs, outputs, bias, self.dtype, self.device)
+
+    def gated(self, inputs: int, inner: int, bias: bool = False) -> Linear:
+        return TorchGated(inputs, inner, bias, swiglu, self.dtype, self.device)
 
     def embedding(self, rows: int, columns: int) -> Linear:
         return TorchLinear(columns, rows, False, self.dtype, self.device)
@@ -52,9 +55,6 @@ class TritonOps(Plainly):
             return rope_write(qkv, *heads, q_norm, k_norm, eps, *angles, keys, values, slots)
 
         return write
-
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        return swiglu(gate_up)
 
     def argmax(self, logits: Tensor) -> Tensor:
         return argmax(logits)

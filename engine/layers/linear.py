@@ -18,10 +18,10 @@ def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The place of one checkpoint tensor in a model: its shape, and how it gets in."""
+    """The place of one checkpoint tensor in a model: its shape, and how rows of it get in."""
 
     shape: tuple[int, ...]
-    fill: Callable[[Tensor], object]
+    fill: Callable[[int, Tensor], object]  # the first row's number, and the rows
 
 
 class Linear(Protocol):
@@ -45,6 +45,10 @@ class Linear(Protocol):
         """Put [rows, inputs] of a checkpoint into W from `first_row` on."""
 
     def fill_bias(self, first_row: int, bias: Tensor) -> None: ...
+
+
+Activation = Callable[[Tensor], Tensor]
+"""[rows, 2 * inner] -> [rows, inner]"""
 
 
 class TorchLinear(nn.Module):
@@ -74,3 +78,28 @@ class TorchLinear(nn.Module):
     def fill_bias(self, first_row: int, bias: Tensor) -> None:
         assert self.bias is not None
         self.bias[first_row : first_row + len(bias)].copy_(bias)
+
+
+class TorchGated(TorchLinear):
+    """Gate and up as one matrix, gates first, and what becomes of the two: [rows, outputs / 2]."""
+
+    def __init__(
+        self,
+        inputs: int,
+        inner: int,
+        bias: bool,
+        activation: Activation,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(inputs, 2 * inner, bias, dtype, device)
+        self._activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._activation(super().forward(x))
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(first half) * second half of each row. The definition. Source: Shazeer 2020."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate) * up

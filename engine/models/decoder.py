@@ -10,7 +10,7 @@ The residual stream is one tensor, added to in place; what flows beside it is ye
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -34,7 +34,10 @@ class Norm(nn.Module):
         self.eps = eps
 
     def parts(self, name: str) -> Parts:
-        yield f"{name}.weight", Part(tuple(self.weight.shape), self.weight.copy_)
+        yield f"{name}.weight", Part(tuple(self.weight.shape), self._fill)
+
+    def _fill(self, first: int, weight: Tensor) -> None:
+        self.weight[first : first + len(weight)].copy_(weight)
 
 
 class Attention(nn.Module):
@@ -79,12 +82,11 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self._ops = ops
-        self.gate_up = ops.linear(hidden, 2 * inner, bias)
+        self.gate_up = ops.gated(hidden, inner, bias)
         self.down = ops.linear(inner, hidden, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self._ops.swiglu(self.gate_up(x)))
+        return self.down(self.gate_up(x))
 
     def parts(self, prefix: str) -> Parts:
         inner = self.down.inputs
@@ -179,7 +181,16 @@ def _stacked(linear: Linear, prefix: str, rows: dict[str, int]) -> Parts:
     """Weight, and bias if any, of each matrix stacked in one Linear."""
     first = 0
     for name, count in rows.items():
-        yield f"{prefix}{name}.weight", Part((count, linear.inputs), partial(linear.fill, first))
+        fill, fill_bias = (
+            partial(_fill, linear.fill, first),
+            partial(_fill, linear.fill_bias, first),
+        )
+        yield f"{prefix}{name}.weight", Part((count, linear.inputs), fill)
         if linear.biased:
-            yield f"{prefix}{name}.bias", Part((count,), partial(linear.fill_bias, first))
+            yield f"{prefix}{name}.bias", Part((count,), fill_bias)
         first += count
+
+
+def _fill(fill: Callable[[int, Tensor], None], offset: int, first: int, rows: Tensor) -> None:
+    """Rows of one of the stacked matrices."""
+    fill(offset + first, rows)

@@ -20,7 +20,7 @@ from engine.ops import Ops, TorchOps
 from engine.weights import Checkpoint, Shape
 
 Progress = Callable[[int, int], None]
-"""(bytes done, bytes in all), called after each tensor."""
+"""(bytes done, bytes in all), called after each piece of a tensor."""
 
 _STORED: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _EMBEDDING: Final = "model.embed_tokens.weight"
@@ -122,19 +122,20 @@ def _fill(model: Decoder, checkpoint: Checkpoint, report: Progress) -> None:
     total = sum(checkpoint.tensors[name].bytes for name in parts)
     done = 0
     for name, part in parts.items():
-        tensor = checkpoint.read(name)
-        part.fill(tensor)
-        if name == _EMBEDDING and model.config.tied and _HEAD in checkpoint.tensors:
-            _check_tied(checkpoint, tensor)
-        del tensor  # its mapping goes before the next one is made
-        done += checkpoint.tensors[name].bytes
-        report(done, total)
+        for first, rows in checkpoint.read(name):
+            part.fill(first, rows)
+            done += rows.nbytes
+            report(done, total)
+            del rows  # its mapping goes before the next one is made
+    if model.config.tied and _HEAD in checkpoint.tensors:
+        _check_tied(checkpoint)
 
 
-def _check_tied(checkpoint: Checkpoint, embedding: torch.Tensor) -> None:
+def _check_tied(checkpoint: Checkpoint) -> None:
     """Some files hold a tied head twice. Another one would be another model."""
     info = checkpoint.tensors[_HEAD]
-    if not torch.equal(checkpoint.read(_HEAD), embedding):
+    both = zip(checkpoint.read(_HEAD), checkpoint.read(_EMBEDDING), strict=True)
+    if not all(torch.equal(head, embedding) for (_, head), (_, embedding) in both):
         raise BadModel(
             f"{info.file.name}: tensor {_HEAD!r} differs from {_EMBEDDING!r}, although config.json "
             "sets tie_word_embeddings"
@@ -156,7 +157,7 @@ def _fill_random(model: Decoder, seed: int, report: Progress) -> None:
         else:
             drawn = torch.empty(part.shape, device=place).uniform_(-1.0, 1.0, generator=generator)
             drawn.mul_(_DUMMY_SCALE)
-        part.fill(drawn)
+        part.fill(0, drawn)
         done += drawn.nbytes
         report(done, total)
 

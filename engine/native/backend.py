@@ -33,6 +33,9 @@ class NativeOps:
     def linear(self, inputs: int, outputs: int, bias: bool = False) -> Linear:
         return PackedLinear(inputs, outputs, bias, self._storage)
 
+    def gated(self, inputs: int, inner: int, bias: bool = False) -> Linear:
+        return PackedLinear(inputs, 2 * inner, bias, self._storage, gated=True)
+
     def embedding(self, rows: int, columns: int) -> Linear:
         return TorchLinear(columns, rows, False, self.dtype, self.device)
 
@@ -53,9 +56,6 @@ class NativeOps:
             return ops.rope_write(qkv, *heads, q_norm, k_norm, eps, *angles, keys, values, slots)
 
         return write
-
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        return ops.swiglu(gate_up)
 
     def argmax(self, logits: Tensor) -> Tensor:
         return ops.argmax(logits)

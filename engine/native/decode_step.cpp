@@ -32,13 +32,13 @@ struct Matrix {
     template <typename Weight>
     const Weight* as() const { return static_cast<const Weight*>(weights); }
 
-    void multiply(const float* x, int64_t rows, float* out) const {
+    void multiply(const float* x, int64_t rows, float* out, bool gate = false) const {
         if (storage == FLOAT32)
-            linear_float32(x, rows, inputs, as<float>(), outputs, bias, out);
+            linear_float32(x, rows, inputs, as<float>(), outputs, gate, bias, out);
         else if (storage == BFLOAT16)
-            linear_bfloat16(x, rows, inputs, as<simd::bf16>(), outputs, bias, out);
+            linear_bfloat16(x, rows, inputs, as<simd::bf16>(), outputs, gate, bias, out);
         else
-            linear_int8(x, rows, inputs, as<int8_t>(), scales, sums, outputs, bias, out);
+            linear_int8(x, rows, inputs, as<int8_t>(), scales, sums, outputs, gate, bias, out);
     }
 
     void look_up(const int64_t* ids, int64_t count, float* out) const {
@@ -109,7 +109,7 @@ static int64_t decode_step(const Model* model, float eps, float scale, int64_t r
         if (tokens[row] < 0 || tokens[row] >= m.embedding.outputs) return row;
         if (positions[row] < 0 || positions[row] >= angles) return row;
     }
-    Room room(rows, {hidden, hidden, hidden, half, half, projected, queries, queries, 2 * inner, inner});
+    Room room(rows, {hidden, hidden, hidden, half, half, projected, queries, queries, inner});
     float* const x = room.take(rows * hidden);
     float* const residual = room.take(rows * hidden);
     float* const normed = room.take(rows * hidden);
@@ -118,7 +118,6 @@ static int64_t decode_step(const Model* model, float eps, float scale, int64_t r
     float* const qkv = room.take(rows * projected);
     float* const q = room.take(rows * queries);
     float* const attended = room.take(rows * queries);
-    float* const gate_up = room.take(rows * 2 * inner);
     float* const gated = room.take(rows * inner);
     m.embedding.look_up(tokens, rows, x);
     for (int64_t row = 0; row < rows; row++) {
@@ -139,8 +138,7 @@ static int64_t decode_step(const Model* model, float eps, float scale, int64_t r
         if (wrong >= 0) return wrong;
         layer->o.multiply(attended, rows, x);
         add_rms_norm(x, residual, layer->mlp_norm, normed, rows, hidden, eps);
-        layer->gate_up.multiply(normed, rows, gate_up);
-        swiglu(gate_up, gated, rows, inner);
+        layer->gate_up.multiply(normed, rows, gated, true);
         layer->down.multiply(gated, rows, x);
     }
     add_rms_norm(x, residual, m.norm, normed, rows, hidden, eps);

@@ -8,17 +8,15 @@
 void add_rms_norm(const float* x, float* residual, const float* weight, float* normed,
                   int64_t rows, int64_t hidden, float eps);
 
-void swiglu(const float* gate_up, float* out, int64_t rows, int64_t inner);
-
 void linear_float32(const float* x, int64_t rows, int64_t inputs, const float* packed,
-                    int64_t outputs, const float* bias, float* out);
+                    int64_t outputs, bool gate, const float* bias, float* out);
 
 void linear_bfloat16(const float* x, int64_t rows, int64_t inputs, const simd::bf16* packed,
-                     int64_t outputs, const float* bias, float* out);
+                     int64_t outputs, bool gate, const float* bias, float* out);
 
 void linear_int8(const float* x, int64_t rows, int64_t inputs, const int8_t* packed,
-                 const float* scales, const int32_t* sums, int64_t outputs, const float* bias,
-                 float* out);
+                 const float* scales, const int32_t* sums, int64_t outputs, bool gate,
+                 const float* bias, float* out);
 
 int64_t rope_write(const float* qkv, int64_t rows, int64_t heads, int64_t kv_heads,
                    int64_t head_dim, const float* q_norm, const float* k_norm, float eps,

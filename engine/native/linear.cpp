@@ -1,4 +1,5 @@
-// Linear layers with float32 activations and float32 or bfloat16 weights: out = x W^T + bias.
+// Linear layers with float32 activations and float32 or bfloat16 weights: out = x W^T + bias, gated
+// if the matrix is.
 //
 // Limit   few rows: every weight is read once, outputs * inputs * 4 (2) bytes from memory.
 //         Many rows: 2 * rows * outputs * inputs flops at two FMAs of a vector a cycle.
@@ -16,6 +17,7 @@
 #include "simd.h"
 
 using namespace simd;
+using linear::PAIRS;
 using linear::PANEL;
 
 namespace {
@@ -45,7 +47,7 @@ INLINE void load_pair(const bf16* at, int half, Vec& low, Vec& high) {
 #endif
 }
 
-// What a tile works on: R rows of x and of out, and `depth` inputs of one panel.
+// What a tile works on: R rows of x and of its results, and `depth` inputs of one panel.
 template <typename Weight>
 struct Tile {
     const float* x;
@@ -54,10 +56,13 @@ struct Tile {
     int64_t depth;
     const char* ahead;
     int64_t ahead_step;
-    const float* start;  // 32 values that the sums start from, or null: from what `out` holds
-    float* out;
-    int64_t out_stride;
+    const float* start;  // 32 values that the sums start from, or null: from what `sums` holds
+    float* sums;
+    int64_t sums_stride;
     int64_t columns;  // of the panel that exist
+    float* gated;     // where gate and up go as one, or null: the sums go back to `sums`
+    int64_t gated_stride;
+    int64_t pairs;  // of the panel that exist
 };
 
 template <int R, typename Weight>
@@ -68,7 +73,7 @@ void run_tile(const Tile<Weight>& t) {
         const int64_t highs = std::clamp<int64_t>(t.columns - at - 16, 0, lanes);
         Vec low[R], high[R];
         each<R>([&](auto r) INLINE_BODY {
-            const float* held = t.out + r * t.out_stride + at;
+            const float* held = t.sums + r * t.sums_stride + at;
             low[r] = t.start ? load(t.start + at) : load(held, lows);
             high[r] = t.start ? load(t.start + at + 16) : load(held + 16, highs);
         });
@@ -87,9 +92,14 @@ void run_tile(const Tile<Weight>& t) {
             });
         }
         each<R>([&](auto r) INLINE_BODY {
-            float* to = t.out + r * t.out_stride + at;
-            store(to, low[r], lows);
-            store(to + 16, high[r], highs);
+            if (t.gated) {
+                store(t.gated + r * t.gated_stride + at, gated(low[r], high[r]),
+                      std::clamp<int64_t>(t.pairs - at, 0, lanes));
+            } else {
+                float* to = t.sums + r * t.sums_stride + at;
+                store(to, low[r], lows);
+                store(to + 16, high[r], highs);
+            }
         });
     }
 }
@@ -106,25 +116,34 @@ constexpr int64_t BLOCK = 1024;
 // bias is filled up to whole panels.
 template <typename Weight>
 void linear_floats(const float* x, int64_t rows, int64_t inputs, const Weight* packed,
-                   int64_t outputs, const float* bias, float* out) {
+                   int64_t outputs, bool gate, const float* bias, float* out) {
     static constexpr auto run =
         tiles_by_rows<Weight>(std::make_integer_sequence<int, TILE_ROWS>{});
     const int64_t depth = rows <= TILE_ROWS ? inputs : BLOCK;
     const int64_t input_bytes = PANEL * sizeof(Weight);
+    const int64_t width = gate ? outputs / 2 : outputs;
     linear::for_panels(rows, outputs, [&](int64_t panel, int64_t begin, int64_t end) {
-        const int64_t column = panel * PANEL;
+        const int64_t column = panel * PANEL, pair = panel * PAIRS;
+        // The sums of a gated block are twice as wide as `out`, which cannot hold them meanwhile.
+        float* const sums = gate ? static_cast<float*>(pool::scratch(
+                                       (end - begin) * PANEL * sizeof(float)))
+                                 : out + begin * outputs + column;
+        const int64_t sums_stride = gate ? PANEL : outputs;
+        const int64_t columns = gate ? PANEL : std::min(PANEL, outputs - column);
         for (int64_t k = 0; k < inputs; k += depth) {
             const int64_t length = std::min(depth, inputs - k);
+            const bool last = k + length == inputs;
             const Weight* weights = packed + column * inputs + k * PANEL;
-            const Weight* next = k + depth < inputs ? weights + depth * PANEL
-                                                    : packed + (panel + 1) * PANEL * inputs;
-            linear::for_tiles(begin, end, TILE_ROWS, [&](int64_t first, int64_t last, int64_t i,
+            const Weight* next = !last ? weights + depth * PANEL
+                                       : packed + (panel + 1) * PANEL * inputs;
+            linear::for_tiles(begin, end, TILE_ROWS, [&](int64_t first, int64_t end_row, int64_t i,
                                                          int64_t count) {
                 const auto fetch = linear::fetch(weights, next, length * input_bytes, i, count);
-                run[last - first - 1]({x + first * inputs + k, inputs, weights, length,
-                                       fetch.at, fetch.step / length, k == 0 ? bias + column : nullptr,
-                                       out + first * outputs + column, outputs,
-                                       std::min(PANEL, outputs - column)});
+                run[end_row - first - 1](
+                    {x + first * inputs + k, inputs, weights, length, fetch.at,
+                     fetch.step / length, k == 0 ? bias + column : nullptr,
+                     sums + (first - begin) * sums_stride, sums_stride, columns,
+                     gate && last ? out + first * width + pair : nullptr, width, width - pair});
             });
         }
     });
@@ -133,13 +152,13 @@ void linear_floats(const float* x, int64_t rows, int64_t inputs, const Weight* p
 }  // namespace
 
 void linear_float32(const float* x, int64_t rows, int64_t inputs, const float* packed,
-                    int64_t outputs, const float* bias, float* out) {
-    linear_floats(x, rows, inputs, packed, outputs, bias, out);
+                    int64_t outputs, bool gate, const float* bias, float* out) {
+    linear_floats(x, rows, inputs, packed, outputs, gate, bias, out);
 }
 KERNEL(linear_float32);
 
 void linear_bfloat16(const float* x, int64_t rows, int64_t inputs, const bf16* packed,
-                     int64_t outputs, const float* bias, float* out) {
-    linear_floats(x, rows, inputs, packed, outputs, bias, out);
+                     int64_t outputs, bool gate, const float* bias, float* out) {
+    linear_floats(x, rows, inputs, packed, outputs, gate, bias, out);
 }
 KERNEL(linear_bfloat16);

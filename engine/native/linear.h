@@ -7,6 +7,10 @@
 //             make two float vectors of one load.
 //   int8      four inputs side by side, [outputs / 32][inputs / 4][32][4], zeros past the last:
 //             what a dot product of bytes takes.
+//
+// A gated matrix is two, G above U, and its product silu(x G^T) * (x U^T), SwiGLU's first half. 16
+// outputs of G and the same of U share a panel: a tile then ends with gates and ups in registers,
+// and what it writes is half as wide. Source: Shazeer 2020, "GLU variants improve transformer".
 #pragma once
 
 #include <algorithm>
@@ -16,7 +20,7 @@
 
 namespace linear {
 
-constexpr int64_t PANEL = 32;
+constexpr int64_t PANEL = 32, PAIRS = PANEL / 2;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

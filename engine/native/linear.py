@@ -17,6 +17,7 @@ from engine import native
 Storage = Literal["float32", "bfloat16", "int8"]
 
 _PANEL: Final = 32  # outputs side by side, as in linear.h
+_PAIRS: Final = 16  # of gate and up in one panel
 _SOURCES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
@@ -38,6 +39,7 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, storage: St
     """x [rows, inputs] W^T + b with W [outputs, inputs] rounded as it is stored: the definition.
 
     Floats are exact up to float32's rounding of sums, which differ in order; int8 to the last bit.
+    A gated matrix's product is `engine.layers.linear.swiglu` of it.
     """
     if storage == "int8":
         q, x_scales = quantise_rows(x)
@@ -51,18 +53,21 @@ class PackedLinear(nn.Module):
     """y = x W^T + b for float32 x on the CPU; a loader fills W [outputs, inputs] part by part.
 
     `storage` is how W is kept. Weights: float32 as they are; bfloat16, computed in float32; int8
-    with a scale per output, activations then int8 with a scale per row. Raises RuntimeError
-    without native kernels.
+    with a scale per output, activations then int8 with a scale per row. A `gated` one holds gates
+    above as many ups, and gives silu(gate) * up. Raises RuntimeError without native kernels.
     """
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, storage: Storage) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, bias: bool, storage: Storage, gated: bool = False
+    ) -> None:
         super().__init__()
         if not native.available():
             raise RuntimeError(native.why_not())
-        if inputs < 1 or outputs < 1 or storage not in _DTYPES:
+        if inputs < 1 or outputs < 1 or storage not in _DTYPES or (gated and outputs % 2):
             raise ValueError(f"no linear layer {inputs} -> {outputs} stored as {storage!r}")
         self.inputs, self.outputs, self.storage = inputs, outputs, storage
         self.biased = bias
+        self._gates = outputs // 2 if gated else 0
         panels = -(-outputs // _PANEL)
         depth = -(-inputs // 4) * 4 if storage == "int8" else inputs
         # Not zeroed as a whole: memory is taken when it is filled.
@@ -88,9 +93,12 @@ class PackedLinear(nn.Module):
         return list(_DTYPES).index(self.storage), self.inputs, self.outputs, *addresses
 
     def fill(self, first_row: int, weight: Tensor) -> None:
-        """Set rows of W, from first_row on, to weight [rows, inputs] of any float dtype."""
+        """Set rows of W, from first_row on, to weight [rows, inputs] of any float dtype.
+
+        Of a gated one they are all gates or all ups.
+        """
         rows = weight.shape[0]
-        if weight.shape != (rows, self.inputs) or not 0 <= first_row <= self.outputs - rows:
+        if weight.shape != (rows, self.inputs) or not self._fits(first_row, rows):
             raise ValueError(
                 f"weight {list(weight.shape)} at row {first_row} does not fit "
                 f"[{self.outputs}, {self.inputs}]"
@@ -106,23 +114,33 @@ class PackedLinear(nn.Module):
             rows,
             self.inputs,
             first_row,
+            self._gates,
             *(tensor.data_ptr() for tensor in where),
         )
 
     def fill_bias(self, first_row: int, bias: Tensor) -> None:
         """Set b from first_row on."""
-        if not self.biased or not 0 <= first_row <= self.outputs - bias.shape[0]:
+        if not self.biased or not self._fits(first_row, len(bias)):
             raise ValueError(f"bias {list(bias.shape)} at row {first_row} does not fit")
-        self._bias[first_row : first_row + bias.shape[0]] = bias
+        places = torch.arange(first_row, first_row + len(bias))
+        if self._gates:
+            pair = places % self._gates
+            places = pair // _PAIRS * _PANEL + pair % _PAIRS + places // self._gates * _PAIRS
+        self._bias[places] = bias.float()
+
+    def _fits(self, first_row: int, rows: int) -> bool:
+        last = self._gates if first_row < self._gates else self.outputs
+        return 0 <= first_row <= last - rows
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [rows, inputs] float32, contiguous -> [rows, outputs] float32."""
+        """x [rows, inputs] float32, contiguous -> [rows, outputs] float32, half of it if gated."""
         rows = x.shape[0]
         if x.dtype != torch.float32 or x.shape != (rows, self.inputs) or not x.is_contiguous():
             raise ValueError(
                 f"needs contiguous float32 [rows, {self.inputs}], not {x.dtype} {list(x.shape)}"
             )
-        out = torch.empty(rows, self.outputs)
+        gated = self._gates > 0
+        out = torch.empty(rows, self._gates or self.outputs)
         if self.storage == "int8":
             native.kernels.linear_int8(
                 x.data_ptr(),
@@ -132,6 +150,7 @@ class PackedLinear(nn.Module):
                 self._scales.data_ptr(),
                 self._sums.data_ptr(),
                 self.outputs,
+                gated,
                 self._bias.data_ptr(),
                 out.data_ptr(),
             )
@@ -143,6 +162,7 @@ class PackedLinear(nn.Module):
             self.inputs,
             self._packed.data_ptr(),
             self.outputs,
+            gated,
             self._bias.data_ptr(),
             out.data_ptr(),
         )
@@ -151,8 +171,9 @@ class PackedLinear(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:
         """Rows ids [n] int64 of W as it is stored, [n, inputs] float32: an embedding lookup.
 
-        Ids must be in [0, outputs). Raises IndexError.
+        W is not gated. Ids must be in [0, outputs). Raises IndexError.
         """
+        assert not self._gates, "a gated matrix is no table of embeddings"
         if ids.dtype != torch.int64 or ids.dim() != 1:
             raise ValueError(f"needs int64 [n], not {ids.dtype} {list(ids.shape)}")
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.outputs:

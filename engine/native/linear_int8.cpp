@@ -2,6 +2,8 @@
 //
 //     out[r, n] = float(sum of q[r, k] w[n, k]) * x_scale[r] * w_scale[n] + bias[n]
 //
+// and gated after that if the matrix is.
+//
 // w = round(W / w_scale), w_scale[n] = max |W[n]| / 127, made when the matrix is packed.
 // q = round(x * 127 / max |x[r]|), x_scale[r] = max |x[r]| / 127, made here; a row below 1e-30 is
 // zero, one with a NaN or an infinity is NaN in all outputs. Sums of integers are exact, so every
@@ -23,6 +25,7 @@
 #include "simd.h"
 
 using namespace simd;
+using linear::PAIRS;
 using linear::PANEL;
 
 namespace {
@@ -135,7 +138,8 @@ struct Tile {
     const float* bias;
     float* out;
     int64_t out_stride;
-    int64_t columns;
+    int64_t columns;  // of `out` from there on
+    bool gate;
 };
 
 template <int R>
@@ -163,11 +167,16 @@ void run_tile(const Tile& t) {
         each<R>([&](auto r) INLINE_BODY {
             const Vec mine = splat(t.x_scales[r]);
             float* to = t.out + r * t.out_stride + at;
-            const int64_t lanes = LANES;
-            store(to, to_floats(reinterpret_cast<Ints>(low[r])) * mine * scale[0] + bias[0],
-                  std::clamp<int64_t>(t.columns - at, 0, lanes));
-            store(to + 16, to_floats(reinterpret_cast<Ints>(high[r])) * mine * scale[1] + bias[1],
-                  std::clamp<int64_t>(t.columns - at - 16, 0, lanes));
+            const int64_t lanes = LANES, lows = std::clamp<int64_t>(t.columns - at, 0, lanes);
+            const Vec first = to_floats(reinterpret_cast<Ints>(low[r])) * mine * scale[0] + bias[0];
+            const Vec second =
+                to_floats(reinterpret_cast<Ints>(high[r])) * mine * scale[1] + bias[1];
+            if (t.gate) {
+                store(to, gated(first, second), lows);
+            } else {
+                store(to, first, lows);
+                store(to + 16, second, std::clamp<int64_t>(t.columns - at - 16, 0, lanes));
+            }
         });
     }
 }
@@ -181,8 +190,8 @@ constexpr auto tiles_by_rows(std::integer_sequence<int, I...>) {
 
 // scales, sums and bias are filled up to whole panels.
 void linear_int8(const float* x, int64_t rows, int64_t inputs, const int8_t* packed,
-                 const float* scales, const int32_t* sums, int64_t outputs, const float* bias,
-                 float* out) {
+                 const float* scales, const int32_t* sums, int64_t outputs, bool gate,
+                 const float* bias, float* out) {
     static constexpr auto run = tiles_by_rows(std::make_integer_sequence<int, TILE_ROWS>{});
     const int64_t quads = linear::ceil_div(inputs, 4);
     // An odd number of cache lines, so that the rows of a tile do not meet in a set of L1.
@@ -197,8 +206,9 @@ void linear_int8(const float* x, int64_t rows, int64_t inputs, const int8_t* pac
             x_scales[r] = quantise(x + r * inputs, inputs, quantised + r * stride);
     });
     const int64_t panel_bytes = quads * PANEL * 4;
+    const int64_t width = gate ? outputs / 2 : outputs;
     linear::for_panels(rows, outputs, [&](int64_t panel, int64_t begin, int64_t end) {
-        const int64_t column = panel * PANEL;
+        const int64_t column = panel * PANEL, to = gate ? panel * PAIRS : column;
         const int8_t* weights = packed + panel * panel_bytes;
         const int8_t* next = packed + (panel + 1) * panel_bytes;
         linear::for_tiles(begin, end, TILE_ROWS, [&](int64_t first, int64_t last, int64_t i,
@@ -206,8 +216,8 @@ void linear_int8(const float* x, int64_t rows, int64_t inputs, const int8_t* pac
             const auto fetch = linear::fetch(weights, next, panel_bytes, i, count);
             run[last - first - 1]({quantised + first * stride, stride, x_scales + first, weights,
                                    quads, fetch.at, fetch.step / quads, sums + column, scales + column,
-                                   bias + column, out + first * outputs + column, outputs,
-                                   std::min(PANEL, outputs - column)});
+                                   bias + column, out + first * width + to, width, width - to,
+                                   gate});
         });
     });
 }

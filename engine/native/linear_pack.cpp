@@ -8,6 +8,7 @@
 #include "simd.h"
 
 using namespace simd;
+using linear::PAIRS;
 using linear::PANEL;
 
 namespace {
@@ -35,26 +36,30 @@ int64_t place(int64_t c) {
     return sizeof(Weight) == 2 ? c % 16 * 2 + c / 16 : c;
 }
 
-// Rows [first, first + rows) of the matrix, each written down one column of its panel. A task is
-// a panel, so that no two threads write to one cache line.
+// Calls row(i, panel, column) for each of `rows` rows, the first of which is the matrix's row
+// `first`; of a gated matrix they are all G's or all U's, `gates` each. A task is a panel, so that
+// no two threads write to one cache line.
 template <typename Row>
-void for_rows(int64_t first, int64_t rows, const Row& row) {
-    const int64_t panel = first / PANEL, last = linear::ceil_div(first + rows, PANEL);
+void for_rows(int64_t first, int64_t rows, int64_t gates, const Row& row) {
+    const int64_t width = gates ? PAIRS : PANEL;  // of a panel, for these rows
+    const int64_t column = gates && first >= gates ? PAIRS : 0;
+    const int64_t from = gates && first >= gates ? first - gates : first;
+    const int64_t panel = from / width, last = linear::ceil_div(from + rows, width);
     pool::parallel_for(last - panel, [&](int64_t i) {
-        const int64_t begin = std::max(first, (panel + i) * PANEL);
-        const int64_t end = std::min(first + rows, (panel + i + 1) * PANEL);
-        for (int64_t r = begin; r < end; r++) row(r, r / PANEL, r % PANEL);
+        const int64_t begin = std::max(from, (panel + i) * width);
+        const int64_t end = std::min(from + rows, (panel + i + 1) * width);
+        for (int64_t r = begin; r < end; r++) row(r - from, r / width, column + r % width);
     });
 }
 
 template <typename Weight>
 void pack(const void* weight, int64_t source, int64_t rows, int64_t inputs, int64_t first,
-          Weight* packed) {
+          int64_t gates, Weight* packed) {
     with_source(source, weight, [&](const auto* from) {
-        for_rows(first, rows, [&](int64_t r, int64_t panel, int64_t c) {
+        for_rows(first, rows, gates, [&](int64_t r, int64_t panel, int64_t c) {
             Weight* to = packed + panel * inputs * PANEL + place<Weight>(c);
             for (int64_t k = 0; k < inputs; k++)
-                narrow_into(to_float(from[(r - first) * inputs + k]), to[k * PANEL]);
+                narrow_into(to_float(from[r * inputs + k]), to[k * PANEL]);
         });
     });
 }
@@ -69,24 +74,25 @@ void unpack(const int64_t* ids, int64_t count, int64_t inputs, const Weight* pac
 }
 
 void pack_float32(const void* weight, int64_t source, int64_t rows, int64_t inputs, int64_t first,
-                  float* packed) {
-    pack(weight, source, rows, inputs, first, packed);
+                  int64_t gates, float* packed) {
+    pack(weight, source, rows, inputs, first, gates, packed);
 }
 KERNEL(pack_float32);
 
 void pack_bfloat16(const void* weight, int64_t source, int64_t rows, int64_t inputs,
-                   int64_t first, bf16* packed) {
-    pack(weight, source, rows, inputs, first, packed);
+                   int64_t first, int64_t gates, bf16* packed) {
+    pack(weight, source, rows, inputs, first, gates, packed);
 }
 KERNEL(pack_bfloat16);
 
-// scales[row] = largest magnitude / 127, NaN where the row has a NaN or an infinity; sums[row] = sum of the row's int8 values.
+// For each row, where its column stands among all panels': scales = largest magnitude / 127, NaN
+// where the row has a NaN or an infinity; sums = sum of the row's int8 values.
 void pack_int8(const void* weight, int64_t source, int64_t rows, int64_t inputs, int64_t first,
-               int8_t* packed, float* scales, int32_t* sums) {
+               int64_t gates, int8_t* packed, float* scales, int32_t* sums) {
     const int64_t quads = linear::ceil_div(inputs, 4);
     with_source(source, weight, [&](const auto* from) {
-        for_rows(first, rows, [&](int64_t r, int64_t panel, int64_t c) {
-            const auto* row = from + (r - first) * inputs;
+        for_rows(first, rows, gates, [&](int64_t r, int64_t panel, int64_t c) {
+            const auto* row = from + r * inputs;
             float largest = 0;
             bool finite = true;
             for (int64_t k = 0; k < inputs; k++) {
@@ -102,8 +108,8 @@ void pack_int8(const void* weight, int64_t source, int64_t rows, int64_t inputs,
                 to[k / 4 * PANEL * 4 + k % 4] = value;
                 sum += value;
             }
-            scales[r] = finite ? largest / 127.0f : std::nanf("");
-            sums[r] = sum;
+            scales[panel * PANEL + c] = finite ? largest / 127.0f : std::nanf("");
+            sums[panel * PANEL + c] = sum;
         });
     });
 }

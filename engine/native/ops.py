@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from engine.layers.norm import rms_norm as rms_norm_reference
 from engine.layers.rope import rotate
@@ -118,21 +117,6 @@ def rope_write(
     if wrong >= 0:
         raise IndexError(f"row {wrong}: slot {slots[wrong]} is not one of {place.slots}")
     return q
-
-
-def swiglu_reference(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gate) * up
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """gate_up [rows, 2 * inner], gates first -> silu(gate) * up [rows, inner]."""
-    rows, width = gate_up.shape
-    if width % 2:
-        raise ValueError(f"gate_up holds gates and as many ups, which {width} columns cannot be")
-    out = gate_up.new_empty((rows, width // 2))
-    kernels.swiglu(address("gate_up", gate_up, (rows, width)), out.data_ptr(), rows, width // 2)
-    return out
 
 
 def argmax(logits: Tensor) -> Tensor:

@@ -175,6 +175,9 @@ INLINE Vec exp(Vec x) {
     return scale_by_power_of_2(p, n);
 }
 
+// silu(gate) * up, with silu(x) = x / (1 + e^-x), within 4 ulp.
+INLINE Vec gated(Vec gate, Vec up) { return gate / (splat(1.0f) + exp(zero() - gate)) * up; }
+
 // One element, for the ends that fill no vector.
 INLINE float to_float(float x) { return x; }
 INLINE float to_float(bf16 x) {

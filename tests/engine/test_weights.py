@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import BadModel
+from engine import weights
 from engine.models.load import load_model
 from engine.weights import INDEX, MAX_HEADER_BYTES, SINGLE, Checkpoint, read_header
 from tests.checkpoints import build
@@ -155,7 +156,24 @@ def test_tensors_are_read_as_they_were_written(directory: Path) -> None:
     wanted = load_file(directory / SINGLE)
     assert checkpoint.tensors.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        assert torch.equal(checkpoint.read(name), tensor)
+        assert torch.equal(whole(checkpoint, name), tensor)
+
+
+def whole(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    return torch.cat([rows.clone() for _, rows in checkpoint.read(name)])
+
+
+def test_a_large_tensor_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = torch.arange(70).reshape(10, 7).float()
+    save_file({"x": wanted}, tmp_path / SINGLE)
+    at_once, in_pieces = Checkpoint(tmp_path), Checkpoint(tmp_path)
+    assert [first for first, _ in at_once.read("x")] == [0]
+    monkeypatch.setattr(weights, "PIECE_BYTES", 3 * 7 * 4 + 1)
+    assert [first for first, _ in in_pieces.read("x")] == [0, 3, 6, 9]
+    assert torch.equal(whole(in_pieces, "x"), wanted)
+    assert in_pieces.digest() == at_once.digest()
+    monkeypatch.setattr(weights, "PIECE_BYTES", 1)  # less than a row
+    assert len(list(in_pieces.read("x"))) == 10
 
 
 def test_a_header_of_any_length_is_read(tmp_path: Path) -> None:
@@ -165,7 +183,7 @@ def test_a_header_of_any_length_is_read(tmp_path: Path) -> None:
         entry = {"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}
         raw = json.dumps(entry).encode() + b" " * padding
         (tmp_path / SINGLE).write_bytes(_join(raw, values.numpy().tobytes()))
-        assert torch.equal(Checkpoint(tmp_path).read("x"), values)
+        assert torch.equal(whole(Checkpoint(tmp_path), "x"), values)
 
 
 def test_the_digest_is_of_the_weights_not_of_the_files(good: Path, tmp_path: Path) -> None:
@@ -291,4 +309,7 @@ def test_any_header_is_read_whole_or_refused(
     else:
         assert sum(info.bytes for info in tensors.values()) == len(data)
         for name, info in tensors.items():
-            assert tuple(Checkpoint(file.parent).read(name).shape) == info.shape
+            if info.shape:  # as all that a model has
+                pieces = [rows.shape for _, rows in Checkpoint(file.parent).read(name)]
+                assert sum(shape[0] for shape in pieces) == info.shape[0]
+                assert all(tuple(shape[1:]) == info.shape[1:] for shape in pieces)

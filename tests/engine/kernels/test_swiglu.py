@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.kernels.swiglu import CONFIGURATION, swiglu, swiglu_reference
+from engine.kernels.swiglu import CONFIGURATION, swiglu
+from engine.layers.linear import swiglu as swiglu_reference
 
 pytestmark = pytest.mark.interpreted
 

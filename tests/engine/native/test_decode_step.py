@@ -48,7 +48,7 @@ class Step:
         cache = KVCache(KVLayout(groups, dtype), 60, BLOCK)
         random = torch.Generator().manual_seed(2)
         for _, part in model.checkpoint_parts():
-            part.fill(torch.randn(part.shape, generator=random) * 0.3)
+            part.fill(0, torch.randn(part.shape, generator=random) * 0.3)
         for layer in range(config.layers):
             for pages in (cache.keys(layer), cache.values(layer)):
                 pages.copy_(torch.randn(pages.shape, generator=random))

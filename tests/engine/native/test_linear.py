@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from engine import native
+from engine.layers.linear import swiglu
 from engine.native.linear import PackedLinear, Storage, linear_reference, quantise_rows
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not() or "there")
 
+EPS = 2.0**-23
 STORAGES: tuple[Storage, ...] = ("float32", "bfloat16", "int8")
 SIZES = [(1, 1), (3, 31), (4, 32), (17, 33), (64, 48), (130, 95), (1030, 70), (2049, 16)]
 ROWS = [1, 2, 4, 5, 6, 7, 12, 13, 14, 15, 29, 48, 300]
@@ -65,6 +67,56 @@ def test_any_size_and_number_of_rows(storage: Storage, size: tuple[int, int]) ->
         for rows in ROWS:
             check(layer, torch.randn(rows, size[0]), weight, values)
     assert layer(torch.empty(0, size[0])).shape == (0, size[1])
+
+
+def make_gated(inputs: int, inner: int, storage: Storage, bias: bool) -> PackedLinear:
+    """As `make` with 2 * inner outputs, from a checkpoint's two matrices."""
+    _, weight, values = make(inputs, 2 * inner, storage, bias)
+    layer = PackedLinear(inputs, 2 * inner, bias, storage, gated=True)
+    for first in (inner, 0):
+        layer.fill(first, weight[first : first + inner])
+        if values is not None:
+            layer.fill_bias(first, values[first : first + inner])
+    return layer
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("size", SIZES)
+def test_gated(storage: Storage, size: tuple[int, int]) -> None:
+    native.set_threads(2)
+    inputs, inner = size
+    for bias in (True, False):
+        plain, _, _ = make(inputs, 2 * inner, storage, bias)
+        layer = make_gated(inputs, inner, storage, bias)
+        for rows in ROWS:
+            x = torch.randn(rows, inputs)
+            exact = swiglu(plain(x).double())
+            assert ((layer(x).double() - exact).abs() <= exact.abs() * 6 * EPS + 1e-34).all()
+    assert layer(torch.empty(0, inputs)).shape == (0, inner)
+
+
+def test_gated_over_the_range_of_gates() -> None:
+    def of(gates: Tensor) -> Tensor:
+        layer = PackedLinear(1, 2 * len(gates), bias=False, storage="float32", gated=True)
+        layer.fill(0, gates[:, None])
+        layer.fill(len(gates), torch.ones(len(gates), 1))
+        return layer(torch.ones(1, 1))[0]
+
+    gates = torch.linspace(-87, 100, 100_001)
+    exact = torch.nn.functional.silu(gates.double())
+    assert ((of(gates).double() - exact).abs() <= exact.abs() * 4 * EPS).all()
+    # Beyond, where e^-x overflows: 0, as nearly as float32 has it.
+    assert of(torch.linspace(-1e6, -90, 1001)).abs().max() < 1e-36
+
+
+def test_what_is_no_gate_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="no linear layer 8 -> 33"):
+        PackedLinear(8, 33, bias=False, storage="float32", gated=True)
+    layer = PackedLinear(8, 40, bias=True, storage="float32", gated=True)
+    with pytest.raises(ValueError, match="does not fit"):
+        layer.fill(10, torch.ones(20, 8))
+    with pytest.raises(ValueError, match="does not fit"):
+        layer.fill_bias(0, torch.ones(40))
 
 
 @pytest.mark.parametrize("storage", STORAGES)

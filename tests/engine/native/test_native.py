@@ -145,7 +145,8 @@ def test_the_gil_is_free_while_a_kernel_runs() -> None:
     """A waiting thread gets its turn inside a call: nothing else here gives the GIL up."""
     layer, _ = make_layer()
     x, out = torch.randn(1024, 512), torch.empty(1024, 512)
-    arguments = (x.data_ptr(), 1024, 512, layer._packed.data_ptr(), 512, layer._bias.data_ptr())
+    weights, bias = layer._packed.data_ptr(), layer._bias.data_ptr()
+    arguments = (x.data_ptr(), 1024, 512, weights, 512, False, bias)
     gate, passed = threading.Lock(), []
 
     def wait() -> None:
@@ -177,13 +178,16 @@ def test_a_child_of_fork_computes_alone() -> None:
     x = torch.randn(5, 512)
     expected = layer(x)
     address, out = x.data_ptr(), torch.zeros(5, 512)
-    arguments = (address, 5, 512, layer._packed.data_ptr(), 512, layer._bias.data_ptr())
+    weights, bias = layer._packed.data_ptr(), layer._bias.data_ptr()
+    arguments = (address, 5, 512, weights, 512, False, bias)
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        native.kernels.linear_float32(*arguments, out.data_ptr())
-        os.write(write, b"1" if torch.equal(out, expected) else b"0")
-        os._exit(0)
+        try:
+            native.kernels.linear_float32(*arguments, out.data_ptr())
+            os.write(write, b"1" if torch.equal(out, expected) else b"0")
+        finally:
+            os._exit(0)
     os.close(write)
     answer = os.read(read, 1)
     os.close(read)

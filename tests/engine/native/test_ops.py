@@ -12,8 +12,6 @@ from engine.native.ops import (
     rms_norm,
     rope_write,
     rope_write_reference,
-    swiglu,
-    swiglu_reference,
 )
 from tests.native import every_kernel  # noqa: F401  takes each set in turn
 
@@ -53,31 +51,12 @@ def test_add_rms_norm(rows: int, hidden: int) -> None:
     )
 
 
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("inner", [*SIZES, 4096, 4097, 9000])
-def test_swiglu(rows: int, inner: int) -> None:
-    gate_up = random(rows, 2 * inner) * 5
-    assert_close(swiglu(gate_up), swiglu_reference(gate_up.double()), 6)
-
-
-def test_swiglu_over_the_range_of_gates() -> None:
-    gates = torch.linspace(-87, 100, 100_001)
-    gate_up = torch.cat((gates, torch.ones_like(gates)))[None]
-    assert_close(swiglu(gate_up), swiglu_reference(gate_up.double()), 4)
-    # Beyond, where e^-x overflows: 0, as nearly as float32 has it.
-    gates = torch.linspace(-1e6, -90, 1001)
-    gate_up = torch.cat((gates, torch.ones_like(gates)))[None]
-    assert swiglu(gate_up).abs().max() < 1e-36
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 def test_what_is_broken_stays_in_its_row(value: float) -> None:
     x, weight = random(5, 100), torch.ones(100)
     x[3, 97] = value
     for out in (rms_norm(x, weight, 1e-6), add_rms_norm(x, torch.zeros(5, 100), weight, 1e-6)):
         assert out.isnan().any(1).tolist() == [False, False, False, True, False]
-    if value != value:
-        assert swiglu(x.roll(50, 1)).isnan().any(1).tolist() == [False, False, False, True, False]
 
 
 @pytest.mark.parametrize("vocab", [1, 5, 16, 31, 16384, 16385, 40000])
@@ -182,16 +161,12 @@ def test_refuses_what_it_would_misread() -> None:
     for wrong in (x.double(), x[:, ::2], x.t().contiguous().t(), x.half()):
         with pytest.raises(ValueError, match="x must be a contiguous"):
             rms_norm(wrong, weight[: wrong.shape[1]], 1e-6)
-        with pytest.raises(ValueError, match="gate_up must be"):
-            swiglu(wrong)
         with pytest.raises(ValueError, match="logits must be"):
             argmax(wrong)
     with pytest.raises(ValueError, match="weight must be"):
         rms_norm(x, weight[:31], 1e-6)
     with pytest.raises(ValueError, match="residual must be"):
         add_rms_norm(x, x[:2].clone(), weight, 1e-6)
-    with pytest.raises(ValueError, match="33 columns"):
-        swiglu(random(2, 33))
     with pytest.raises(ValueError, match="0 logits"):
         argmax(x[:, :0])
     (qkv, *_, cos, sin), (keys, values), slots = rope_step((2, 1, 16), 3, torch.float32, False)
