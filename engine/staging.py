@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.native.scatter_rows import scatter_rows
+
 Buffer = bytes | bytearray | memoryview
 Slots = npt.NDArray[np.int64]
 
@@ -117,7 +119,7 @@ class Staging(Protocol):
 
 
 class HostStaging:
-    """For pages on the host, where numpy moves the bytes without holding the interpreter's lock."""
+    """For pages on the host. Bytes move without holding the interpreter's lock."""
 
     def __init__(self, pages: Sequence[torch.Tensor]) -> None:
         self._pages = [_raw(group) for group in pages]
@@ -151,9 +153,8 @@ class HostStaging:
     ) -> None:
         assert not isinstance(body, DeviceBody), "KV of a device comes to the host"
         if self._whole(group, heads):
-            rows = self._slots[group][layers]
-            source = np.frombuffer(body, dtype=rows.dtype)
-            rows[:, :, slots] = source.reshape(*rows.shape[:2], len(slots))
+            source = np.frombuffer(body, dtype=np.uint8)
+            scatter_rows(self._slots[group][layers], slots, source)
             return
         assert heads is not None
         part = self._pages[group][layers][:, :, :, heads.start : heads.stop]
