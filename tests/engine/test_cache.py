@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +122,19 @@ def test_a_pool_takes_memory_only_as_it_is_written() -> None:
     assert not cache.keys(1)[-1].any()
     cache.keys(0).fill_(1.0)
     assert resident() - before > 32 << 20
+
+
+def test_a_pool_is_taken_in_small_pages() -> None:
+    """Clearing a huge one in each layer would hold a step up."""
+    cache = KVCache(KVLayout((LayerGroup(1, 8, 128),), "float32"), blocks=4096, block_size=16)
+    cache.keys(0)[0] = 1.0
+    where = cache.keys(0).data_ptr()
+    maps = re.split(r"\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text(encoding="ascii"))
+    [ours] = [text for text in maps if _holds(text, where)]
+    assert "AnonHugePages:         0 kB" in ours
+    assert "nh" in re.search(r"VmFlags: (.*)", ours)[1].split()  # type: ignore[index]
+
+
+def _holds(mapping: str, address: int) -> bool:
+    start, end = (int(text, 16) for text in mapping.split(maxsplit=1)[0].split("-"))
+    return start <= address < end
