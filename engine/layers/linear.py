@@ -36,7 +36,7 @@ class Linear(Protocol):
         """What one pass over the weights reads."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [rows, inputs] -> [rows, outputs]"""
+        """x [rows, inputs] -> [rows, outputs], or half as many columns of a gated W."""
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows `ids` [n] of W as activations [n, inputs]: W as a table of embeddings."""
