@@ -113,11 +113,11 @@ class EngineHere:
         """Order a greedy answer of exactly `count` tokens. Returns the request's id."""
         sampling = Sampling(max_tokens=count, temperature=0.0, logprobs=logprobs)
         request = Request(str(next(self._numbers)), tuple(ids), sampling)
-        self.stage.apply(Ordered(_SESSION, Generate(request, 1)))
+        self.stage.apply(Ordered(_SESSION, Generate(request, 1), 0.0))
         return request.id
 
     def cancel(self, request_id: str) -> None:
-        self.stage.apply(Ordered(_SESSION, Cancel(request_id, 1)))
+        self.stage.apply(Ordered(_SESSION, Cancel(request_id, 1), 0.0))
 
     def step(self) -> list[Token]:
         """One step, to its end: the tokens that it gave. Raises RuntimeError if one has failed."""

@@ -9,10 +9,14 @@ from cluster.messages import Order
 
 @dataclass(frozen=True, slots=True)
 class Ordered:
-    """An order of the gateway on the other end of `session`."""
+    """An order of the gateway on the other end of `session`, which came `at` a time on our clock.
+
+    The step thread may see it a step later: that is a part of the wait.
+    """
 
     session: int
     order: Order
+    at: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 
 from cluster import rpc
+from cluster.clock import Clock, monotonic
 from cluster.credentials import Credentials
 from cluster.errors import HandshakeRefused
 from cluster.messages import Event, Hello, Load, Order, Report
@@ -56,6 +57,7 @@ class WorkerService:
         pulse: Callable[[], int] = lambda: 0,
         counters: Callable[[], Iterable[tuple[str, float]]] = tuple,
         credentials: Credentials | None = None,
+        clock: Clock = monotonic,
     ) -> None:
         self.hello = hello
         self._credentials = credentials
@@ -63,6 +65,7 @@ class WorkerService:
         self._post = post
         self._pulse = pulse
         self._counters = counters
+        self._clock = clock
         self._numbers = count(1)
         self._reports: dict[int, asyncio.Queue[Report]] = {}
         self._draining = False
@@ -89,7 +92,7 @@ class WorkerService:
         """Ends the session, by an empty report, when the gateway stops sending."""
         try:
             async for order in orders:
-                self._post(Ordered(session, order))
+                self._post(Ordered(session, order, self._clock()))
         except Exception:  # the top of a task that nobody awaits
             log.exception("session broke", extra={"session": session})
         finally:

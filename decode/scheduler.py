@@ -7,7 +7,7 @@ from collections.abc import Sequence as List
 
 from engine.batch import Chunk, Plan
 from engine.sequence import Sequence
-from prefill import scheduler as prefill
+from prefill.scheduler import PromptScheduler
 
 
 def plan(
@@ -16,6 +16,7 @@ def plan(
     available_blocks: int,
     block_size: int,
     budget: int,
+    prompts: PromptScheduler,
     gives_back: Callable[[Sequence], int],
 ) -> Plan:
     """One token for every running sequence, then prompt chunks within what the budget leaves.
@@ -37,7 +38,7 @@ def plan(
         missing -= gives_back(victim)
         evicted.append(victim)
     singles = tuple(Chunk(sequence, 1) for sequence in running)
-    prompts = prefill.chunks(prefilling, budget - len(singles))
-    if not (singles or prompts):
+    chunks = singles + prompts.chunks(prefilling, budget - len(singles))
+    if not chunks:
         return Plan()  # an eviction that lets nobody run is for nothing: wait for landings to go
-    return Plan(singles + prompts, tuple(evicted))
+    return Plan(chunks, tuple(evicted))

@@ -42,6 +42,7 @@ from kvtransfer.landing import Landings, Site
 from kvtransfer.receiver import Arrived
 from prefill.attention import MakeAttend
 from prefill.queue import PromptQueue
+from prefill.scheduler import PromptScheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class DecodeStage:
         self._clock = clock
         self._short = short
         self._queue = PromptQueue(allocator)
+        self._prompts = PromptScheduler()
         self._running: list[Sequence] = []  # oldest first
         self._promised: dict[str, int] = {}  # landings' request ids, with their sessions
         self._started: dict[str, _Started] = {}
@@ -97,10 +99,10 @@ class DecodeStage:
                     self._join(self._started.pop(sealed[0]))
             case Ordered(session, Promise(request, attempt)):
                 self._promise(session, request, attempt)
-            case Ordered(session, Start() as start):
-                self._join(_Started(start, session, self._clock()))
-            case Ordered(session, Generate(request, attempt)):
-                self._generate(Sequence(request, attempt, session, self._clock()))
+            case Ordered(session, Start() as start, at):
+                self._join(_Started(start, session, at))
+            case Ordered(session, Generate(request, attempt), at):
+                self._generate(Sequence(request, attempt, session, at))
             case Ordered(_, Cancel(request_id, attempt)):
                 self._cancel(request_id, attempt)
             case SessionClosed(session):
@@ -205,15 +207,15 @@ class DecodeStage:
         insort(self._running, self._sequence(site, started), key=lambda s: s.arrived)
 
     def _sequence(self, site: Site, started: _Started) -> Sequence:
-        now = self._clock()
+        ready = max(site.sealed_at, started.at)
         prompt = len(site.request.tokens)
-        sequence = Sequence(site.request, site.attempt, started.session, now)
+        sequence = Sequence(site.request, site.attempt, started.session, ready)
         sequence.tokens.append(started.start.first_token)
         sequence.blocks = site.blocks
         sequence.keys = list(site.keys)
         sequence.computed = prompt
         sequence.published = prompt // self._pool.block_size
-        sequence.spans["transfer_tail"] = now - started.at
+        sequence.spans["transfer_tail"] = ready - started.at
         return sequence
 
     def plan(self) -> Plan:
@@ -231,6 +233,7 @@ class DecodeStage:
             self._pool.available,
             self._pool.block_size,
             self._budget,
+            self._prompts,
             lambda sequence: self._pool.held_alone(sequence.blocks),
         )
         for chunk in plan.chunks:

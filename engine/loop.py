@@ -241,6 +241,8 @@ def run(
             if isinstance(order, Stop):
                 return
             stage.apply(order)
+        if mail := stage.mail():  # a promise waits for no step
+            tell(mail, None)
         busy = steps.step()
         progress += 1
         mail, load = stage.mail(), None

@@ -66,6 +66,7 @@ class Site:
     state: LandingState = LandingState.PROMISED
     written: dict[int, tuple[Box, int]] = field(default_factory=dict)  # chunk -> box, digest
     manifest: Manifest | None = None
+    sealed_at: float = 0.0
 
     @property
     def key(self) -> tuple[str, int]:
@@ -302,6 +303,7 @@ class Landings:
 
     def _seal(self, site: Site, now: float) -> None:
         site.state = advance_landing(site.state, LandingState.SEALED)
+        site.sealed_at = now
         site.expires = now + self._lease_s
         self._pool.adopt(site.blocks[site.found :])
         for number in range(site.found, len(site.keys)):

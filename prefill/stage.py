@@ -29,9 +29,9 @@ from engine.sampler import Sampled
 from engine.sequence import Sequence
 from engine.staging import Mark
 from kvtransfer.sender import Announcement, Handoff
-from prefill import scheduler
 from prefill.attention import MakeAttend, PrefillAttention
 from prefill.queue import PromptQueue
+from prefill.scheduler import PromptScheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,7 @@ class PrefillStage:
         self._chunk_bytes = chunk_bytes
         self._clock = clock
         self._queue = PromptQueue(allocator)
+        self._scheduler = PromptScheduler()
         # Every sequence that holds or wants blocks; of those, who has a hold for the sender.
         self._live: dict[tuple[str, int], Sequence] = {}
         self._landings: dict[tuple[str, int], Landing] = {}
@@ -95,9 +96,8 @@ class PrefillStage:
 
     def apply(self, order: Any) -> None:
         match order:
-            case Ordered(session, Prefill(request, landing, attempt)):
-                sequence = Sequence(request, attempt, session, self._clock())
-                self._take(sequence, landing)
+            case Ordered(session, Prefill(request, landing, attempt), at):
+                self._take(Sequence(request, attempt, session, at), landing)
             case Ordered(session, Cancel(request_id, attempt)):
                 self._drop(lambda s: s.request.id == request_id and s.attempt <= attempt)
             case SessionClosed(session):
@@ -137,7 +137,7 @@ class PrefillStage:
             if sequence.computed and sequence.key in self._landings:  # found in the prefix cache
                 layers = range(len(self._windows))
                 self._announce(sequence, layers, 0, sequence.computed, self._cache.mark())
-        plan = Plan(scheduler.chunks(self._queue.prefilling, self._budget))
+        plan = Plan(self._scheduler.chunks(self._queue.prefilling, self._budget))
         for chunk in plan.chunks:
             chunk.sequence.schedule(self._clock())
         return plan

@@ -23,6 +23,7 @@ from cluster.messages import (
     PREFILL,
     Hello,
     Landing,
+    Load,
     Order,
     Peer,
     Report,
@@ -139,7 +140,7 @@ class Worker(Process):
         )
         self.hung = False
         self._pulse = 0
-        self.service = WorkerService(self.hello, self.post, lambda: self._pulse)
+        self.service = WorkerService(self.hello, self.post, lambda: self._pulse, clock=clock)
         self._inbox = loop.Inbox()
         self._posted = asyncio.Event()
         later = asyncio.get_running_loop().call_soon
@@ -239,13 +240,17 @@ class Worker(Process):
             for order in self._inbox.take(wait=False):
                 steps.settle()
                 self.stage.apply(order)
+            self._tell(self.stage.mail(), None)
             load = self.stage.load(progress)
             if load.running or load.waiting:
                 await self._compute()
             busy = steps.step()
             progress += 1
             check_ledger(self)
-            mail, load = self.stage.mail(), self.stage.load(progress)
+            self._tell(self.stage.mail(), self.stage.load(progress))
+
+    def _tell(self, mail: list[Any], load: Load | None) -> None:
+        if mail or load is not None:
             self._cluster.trace.append((clock(), self.hello.peer.name, repr(mail)))
             self.service.tell(mail, load)
 

@@ -887,8 +887,8 @@ async def test_orders_said_twice_or_late_change_nothing() -> None:
             Cancel("unknown", 9),
             Generate(request, 1),
         ):
-            decode.post(Ordered(session, order))
-        prefill.post(Ordered(session, Cancel("a", 0)))
+            decode.post(Ordered(session, order, clock()))
+        prefill.post(Ordered(session, Cancel("a", 0), clock()))
         tokens += [token async for token in answer]
         assert [token.token for token in tokens] == expected(request)
         await cluster.idle(within=0.1)

@@ -146,7 +146,7 @@ class EngineHere:
         order: Generate | Prefill = Generate(request, 1)
         if self._role == PREFILL:
             order = Prefill(request, None, 1)
-        self.stage.apply(Ordered(_SESSION, order))
+        self.stage.apply(Ordered(_SESSION, order, 0.0))
         return request.id
 
     def step(self) -> list[Token]:

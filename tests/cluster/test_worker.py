@@ -52,18 +52,20 @@ class Gateway:
 
 def _service() -> tuple[WorkerService, list[Any]]:
     posted: list[Any] = []
-    return WorkerService(HELLO, posted.append), posted
+    return WorkerService(HELLO, posted.append, clock=clock), posted
 
 
 @on_virtual_time
-async def test_orders_are_posted_with_their_session() -> None:
+async def test_orders_are_posted_with_their_session_and_when_they_came() -> None:
     service, posted = _service()
     first, second = Gateway(service), Gateway(service)
     await asyncio.sleep(0)
+    began = clock()
     first.orders.put_nowait(Cancel("a"))
+    await asyncio.sleep(0.1)
     second.orders.put_nowait(Cancel("b"))
     await asyncio.sleep(0.1)
-    assert posted == [Ordered(1, Cancel("a")), Ordered(2, Cancel("b"))]
+    assert posted == [Ordered(1, Cancel("a"), began), Ordered(2, Cancel("b"), began + 0.1)]
     for gateway in (first, second):
         gateway.orders.put_nowait(None)
         await gateway.task
@@ -92,7 +94,7 @@ async def test_a_session_ends_when_the_gateway_says_no_more() -> None:
     gateway.orders.put_nowait(Cancel("a"))
     gateway.orders.put_nowait(None)
     await gateway.task
-    assert posted == [Ordered(1, Cancel("a")), SessionClosed(1)]
+    assert posted == [Ordered(1, Cancel("a"), clock()), SessionClosed(1)]
     service.tell([(1, Token("a", 1, 0, 5))], Load(1))  # to nobody
 
 

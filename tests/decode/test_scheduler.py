@@ -7,6 +7,7 @@ from cluster.messages import Request, Sampling
 from decode import scheduler
 from engine.blocks import Block
 from engine.sequence import Sequence
+from prefill.scheduler import PromptScheduler
 
 SIZE = 4
 
@@ -27,7 +28,8 @@ def prefilling(name: str, tokens: int, computed: int = 0) -> Sequence:
 
 
 def plan(run: list[Sequence], wait: list[Sequence], available: int, budget: int = 100):  # type: ignore[no-untyped-def]
-    return scheduler.plan(run, wait, available, SIZE, budget, lambda s: len(s.blocks))
+    prompts = PromptScheduler()
+    return scheduler.plan(run, wait, available, SIZE, budget, prompts, lambda s: len(s.blocks))
 
 
 def shape(result: object) -> tuple[list[tuple[str, int]], list[str]]:

@@ -23,6 +23,6 @@ def test_an_undivided_worker_promises_nothing() -> None:
         max_sequences=8,
         clock=lambda: 0.0,
     )
-    stage.apply(Ordered(1, Promise(ask_for("a", 5), 1)))
+    stage.apply(Ordered(1, Promise(ask_for("a", 5), 1), 0.0))
     assert stage.mail() == [(1, Failed("a", 1, "wrong_role"))]
     assert pool.counts().free == 20

@@ -60,7 +60,7 @@ class Room:
     def tell(self, *orders: Any, session: int = 1) -> None:
         for order in orders:
             local = isinstance(order, SessionClosed | Drain | Tick | Arrived)
-            self.stage.apply(order if local else Ordered(session, order))
+            self.stage.apply(order if local else Ordered(session, order, self.now))
 
     def mail(self) -> list[Any]:
         return [event for _, event in self.stage.mail()]
@@ -163,6 +163,18 @@ def test_a_start_may_come_before_the_seal() -> None:
     said = room.run(9)["a"]
     assert [token.token for token in said] == tokens_of(request)
     assert dict(said[0].spans)["transfer_tail"] == 3.0
+
+
+def test_a_start_that_came_within_a_step_has_waited_since_then() -> None:
+    """From the later of the two on: no transfer is to blame for it."""
+    room, request = Room(), ask_for("a", 10)
+    landing = room.promise(request)
+    room.land(request, landing)
+    sealed_at, room.now = room.now, room.now + 5.0
+    room.stage.apply(Ordered(1, Start("a", expected(request)[0], 1), sealed_at + 2.0))
+    said = room.run(9)["a"]
+    assert dict(said[0].spans)["transfer_tail"] == 0.0
+    assert dict(said[0].spans)["decode_admit"] == 3.0
 
 
 def test_a_prompt_found_whole_is_sealed_by_its_manifest_alone() -> None:

@@ -64,7 +64,7 @@ class Room:
     def tell(self, *orders: Any, session: int = 1) -> None:
         for order in orders:
             local = isinstance(order, HandoffEnded | SessionClosed | Drain | Tick)
-            self.stage.apply(order if local else Ordered(session, order))
+            self.stage.apply(order if local else Ordered(session, order, self.now))
 
     def step(self) -> list[Any]:
         """One step, and what it had to say."""
@@ -80,6 +80,13 @@ class Room:
 
 def ended(request: Request, error: Any = None) -> HandoffEnded:
     return HandoffEnded(request.id, 1, error, 100)
+
+
+def test_an_order_that_came_within_a_step_has_waited_since_then() -> None:
+    room, request = Room(), ask_for("a", 3)
+    room.stage.apply(Ordered(1, Prefill(request, None), room.now - 4.0))
+    (token,) = room.step()
+    assert dict(token.spans)["prefill_queue"] == 4.0
 
 
 def test_a_prompt_is_pushed_while_it_is_read_and_held_until_the_handoff_ends() -> None:

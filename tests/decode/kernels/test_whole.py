@@ -68,7 +68,7 @@ def answers(ops: Ops, kernels: str, make_runner: Any) -> dict[str, list[Any]]:
     )
     for name, length, sampling in REQUESTS:
         prompt = tuple((7 * number + length) % SHAPE.vocab_size for number in range(length))
-        stage.apply(Ordered(1, Generate(Request(name, prompt, sampling), 1)))
+        stage.apply(Ordered(1, Generate(Request(name, prompt, sampling), 1), 0.0))
     steps = Steps(stage, make_runner(model))
     said: dict[str, list[Any]] = {}
     busy = True
