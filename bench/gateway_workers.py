@@ -46,6 +46,9 @@ from cluster.wire import codec
 from cluster.worker import WorkerService
 
 WORDS: Final = 2000
+
+LINE_BYTES: Final = 16 << 20
+"""A line of JSON from the parent at most: every event of a long answer."""
 BLOCKS, BLOCK_SIZE = 1 << 20, 16
 
 Key = tuple[int, str]
@@ -182,7 +185,7 @@ async def _beat(worker: Worker) -> None:
 
 
 async def lines() -> asyncio.StreamReader:
-    reader = asyncio.StreamReader()
+    reader = asyncio.StreamReader(LINE_BYTES)
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
     )

@@ -8,8 +8,9 @@ durations are seconds measured by the one process that names them (R9: never tim
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised whenever a message or frame changes its meaning. Peers of another version are refused."""
 
 PREFILL, DECODE, BOTH = "prefill", "decode", "both"
@@ -226,8 +227,7 @@ class Promised:
     landing: Landing
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One sampled token. `index` counts this answer's tokens from 0 across all attempts.
 
     `logprobs` holds (token, logprob): the chosen token first, then the most likely ones.

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -24,6 +26,7 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from cluster.messages import Load
 
@@ -199,11 +202,6 @@ class GatewayMetrics:
             "From the arrival of the request to its first token.",
             TTFT_BUCKETS,
         )
-        self._itl = self._histogram(
-            "vllm:inter_token_latency_seconds",
-            "Between two successive tokens of one answer.",
-            ITL_BUCKETS,
-        )
         self._tpot = self._histogram(
             "vllm:request_time_per_output_token_seconds",
             "Mean time per token of one answer, the first token left out.",
@@ -241,7 +239,8 @@ class GatewayMetrics:
             "vllm:request_params_max_tokens", "The token limit of each call.", lengths
         )
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of all requests.")
-        self._generation_tokens = self._counter("vllm:generation_tokens", "Generated tokens.")
+        self._tokens = _Tokens(model)
+        self.registry.register(self._tokens)
         self._cache_queries = self._counter(
             "vllm:prefix_cache_queries", "Prompt tokens looked up in a prefix cache."
         )
@@ -345,15 +344,14 @@ class GatewayMetrics:
         """`seconds` since the call arrived."""
         self._ttft.observe(seconds)
         self._prompt_tokens.inc(prompt_tokens)
-        self._generation_tokens.inc()
+        self._tokens.count += 1
         self._request_prompt_tokens.observe(prompt_tokens)
         self._cache_queries.inc(prompt_tokens)
         self._cache_hits.inc(cached_tokens)
 
     def next_token(self, seconds: float) -> None:
         """`seconds` since the token before it."""
-        self._itl.observe(seconds)
-        self._generation_tokens.inc()
+        self._tokens.follow(seconds)
 
     def finished(
         self, why: str, tokens: int, e2e: float, decoding: float, spans: Mapping[str, float]
@@ -416,6 +414,38 @@ class GatewayMetrics:
     def exposition(self) -> bytes:
         """The Prometheus text format, version 0.0.4."""
         return generate_latest(self.registry)
+
+
+class _Tokens(Collector):
+    """What is noted of every token: without locks and lookups of labels, in a third of the time."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self.count = 0
+        self._gaps = [0] * (len(ITL_BUCKETS) + 1)  # by bucket, the last without a bound
+        self._gap_seconds = 0.0
+
+    def follow(self, seconds: float) -> None:
+        """Another one, `seconds` after the last of its answer."""
+        self.count += 1
+        self._gaps[bisect_left(ITL_BUCKETS, seconds)] += 1
+        self._gap_seconds += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        tokens = CounterMetricFamily(
+            "vllm:generation_tokens", "Generated tokens.", labels=("model_name",)
+        )
+        tokens.add_metric((self._model,), self.count)
+        yield tokens
+        gaps = HistogramMetricFamily(
+            "vllm:inter_token_latency_seconds",
+            "Between two successive tokens of one answer.",
+            labels=("model_name",),
+        )
+        bounds = map(floatToGoString, (*ITL_BUCKETS, math.inf))
+        buckets = list(zip(bounds, accumulate(self._gaps), strict=True))
+        gaps.add_metric((self._model,), buckets, self._gap_seconds)
+        yield gaps
 
 
 class _Workers(Collector):

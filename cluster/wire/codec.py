@@ -6,6 +6,7 @@ service stubs are needed. Decoding raises ValueError on bytes that are not the m
 
 from __future__ import annotations
 
+from itertools import groupby, starmap
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -38,6 +39,8 @@ M = TypeVar("M", bound=Message)
 
 SESSION = "/baton.cluster.v1.Worker/Session"
 JOIN = "/baton.cluster.v1.Registry/Join"
+
+_PLAIN = Token("", 0, 0, 0)[4:]
 
 
 def encode_membership(message: Hello | Load) -> bytes:
@@ -114,22 +117,31 @@ def decode_order(data: bytes) -> Order:
 
 
 def encode_report(report: Report) -> bytes:
+    """What is made for every token of every step is a row of four lists: a fourth of the time that
+    a message for each takes."""
     message = pb.Report()
     add = message.events.add
-    for event in report.events:
-        _fill(add(), event)
+    for plain, events in groupby(report.events, _is_plain):
+        if plain:
+            row, columns = add().tokens, zip(*events, strict=True)
+            for field in (row.request_ids, row.attempts, row.indices, row.tokens):
+                field.extend(next(columns))
+        else:
+            for event in events:
+                _fill(add(), event)
     return message.SerializeToString()
 
 
 def decode_report(data: bytes) -> Report:
-    return Report(
-        tuple(
-            [
-                _from_token(event.token) if event.HasField("token") else _from_event(event)
-                for event in _parse(pb.Report(), data).events
-            ]
-        )
-    )
+    events: list[Event] = []
+    for event in _parse(pb.Report(), data).events:
+        if event.HasField("tokens"):
+            row = event.tokens
+            columns = row.request_ids, row.attempts, row.indices, row.tokens
+            events += starmap(Token, zip(*columns, strict=True))
+        else:
+            events.append(_from_event(event))
+    return Report(tuple(events))
 
 
 def _parse(message: M, data: bytes) -> M:
@@ -318,8 +330,8 @@ def _fill(message: pb.Event, event: Event) -> None:
 
 
 def _fill_token(message: pb.Token, token: Token) -> None:
-    """The one thing here that is made for every token of every step: field by field in place, and
-    what most tokens do not have is not touched. A sixth of the time of nested constructors."""
+    """Field by field in place: with logprobs every token of a step comes here, and nested
+    constructors take six times as long."""
     message.SetInParent()
     message.request_id = token.request_id
     message.attempt = token.attempt
@@ -347,7 +359,14 @@ def _from_event(event: pb.Event) -> Event:
         case "failed":
             failed = event.failed
             return Failed(failed.request_id, failed.attempt, failed.code, failed.message)
+        case "token":
+            return _from_token(event.token)
     raise ValueError("event without content")
+
+
+def _is_plain(event: Event) -> bool:
+    """A token with nothing else to tell."""
+    return isinstance(event, Token) and event[4:] == _PLAIN
 
 
 def _from_token(token: pb.Token) -> Token:

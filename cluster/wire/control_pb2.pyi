@@ -270,6 +270,18 @@ class Token(_message.Message):
     cached_tokens: int
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., index: _Optional[int] = ..., token: _Optional[int] = ..., finish: _Optional[str] = ..., stop_token: _Optional[int] = ..., logprob_tokens: _Optional[_Iterable[int]] = ..., logprob_values: _Optional[_Iterable[float]] = ..., spans: _Optional[_Mapping[str, float]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
+class Tokens(_message.Message):
+    __slots__ = ("request_ids", "attempts", "indices", "tokens")
+    REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    INDICES_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    request_ids: _containers.RepeatedScalarFieldContainer[str]
+    attempts: _containers.RepeatedScalarFieldContainer[int]
+    indices: _containers.RepeatedScalarFieldContainer[int]
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_ids: _Optional[_Iterable[str]] = ..., attempts: _Optional[_Iterable[int]] = ..., indices: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class Failed(_message.Message):
     __slots__ = ("request_id", "attempt", "code", "message")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -283,14 +295,16 @@ class Failed(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("promised", "token", "failed")
+    __slots__ = ("promised", "token", "failed", "tokens")
     PROMISED_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     promised: Promised
     token: Token
     failed: Failed
-    def __init__(self, promised: _Optional[_Union[Promised, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
+    tokens: Tokens
+    def __init__(self, promised: _Optional[_Union[Promised, _Mapping]] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("events",)

@@ -28,6 +28,7 @@ from cluster.messages import (
     Token,
 )
 from cluster.wire import codec
+from cluster.wire import control_pb2 as pb
 
 U32 = st.integers(0, 2**32 - 1)
 REALS = st.floats(allow_nan=False, allow_infinity=False)
@@ -82,6 +83,7 @@ TOKENS = st.builds(
 )
 EVENTS = st.one_of(
     TOKENS,
+    st.tuples(st.text(max_size=5), U32, U32, U32).map(lambda row: Token(*row)),
     st.builds(Promised, st.text(max_size=5), U32, LANDINGS),
     st.builds(Failed, st.text(max_size=5), U32, st.text(max_size=5), st.text(max_size=5)),
 )
@@ -108,6 +110,21 @@ def test_orders_survive_the_wire(order: Any) -> None:
 def test_reports_survive_the_wire(events: list[Any]) -> None:
     report = Report(tuple(events))
     assert codec.decode_report(codec.encode_report(report)) == report
+
+
+def test_tokens_with_nothing_else_to_tell_take_no_message_each() -> None:
+    plain = [Token("abc", 1, index, 7) for index in range(100)]
+    ending = Token("abc", 1, 100, 7, "stop")
+    report = Report((*plain, ending, *plain))
+    data = codec.encode_report(report)
+    assert codec.decode_report(data) == report
+    assert len(pb.Report.FromString(data).events) == 3
+
+
+def test_a_row_of_tokens_that_lacks_one_is_refused() -> None:
+    row = pb.Tokens(request_ids=["a", "b"], attempts=[1, 1], indices=[0, 1], tokens=[7])
+    with pytest.raises(ValueError, match="shorter"):
+        codec.decode_report(pb.Report(events=[pb.Event(tokens=row)]).SerializeToString())
 
 
 def test_membership_survives_the_wire() -> None:

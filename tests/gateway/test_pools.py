@@ -135,7 +135,7 @@ async def test_a_known_prefix_draws_a_request_to_its_worker() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"protocol": 99}, "protocol of worker d is 99, the cluster has 1"),
+        ({"protocol": 99}, "protocol of worker d is 99, the cluster has 2"),
         ({"fingerprint": Fingerprint("other", "weights")}, "model configuration .* other"),
         ({"fingerprint": Fingerprint("config", "other")}, "weights .* other"),
         ({"layout": KVLayout((LayerGroup(1, 1, 4),), "float32")}, "KV layout"),
