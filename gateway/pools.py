@@ -43,6 +43,10 @@ PATIENCE_BEATS = 6
 what starves us of the processor starves the workers beside us, and they are not lost. A beat more
 is remembered, so that all of it holds for a few seconds."""
 
+NEAR_BEATS = 4
+"""Who comes back after so many was nearly lost, and for want of the processor, as likely as not: it
+counts like our own being late."""
+
 _ON_TIME_S = 0.1
 """A busy event loop is late by as much; one that waits for a processor is late by more."""
 
@@ -155,6 +159,7 @@ class Pools:
         self._listener: Callable[[], None] = lambda: None
         self._marked: tuple[Request, list[int]] | None = None
         self._draining = False
+        self._late = 0.0  # seconds, of our own beats and of workers, lately
 
     @property
     def members(self) -> list[Member]:
@@ -222,9 +227,15 @@ class Pools:
         if load.progress != member.stuck_at:
             member.stuck_at = None
         member.load = load
-        member.silent_beats = 0
         member.sent_tokens.clear()
+        self._heard(member)
         self._wake()
+
+    def _heard(self, member: Member) -> None:
+        """A sign of life."""
+        if member.silent_beats >= NEAR_BEATS:
+            self._late = max(self._late, member.silent_beats * BEAT_S)
+        member.silent_beats = 0
 
     def leave(self, member: Member, cause: str = "") -> None:
         """It is gone: whoever has a request there is told why. Idempotent."""
@@ -240,19 +251,19 @@ class Pools:
     async def watch(self) -> None:
         """Lose workers that have fallen silent. Runs as long as the gateway."""
         clock = asyncio.get_running_loop().time
-        late = 0.0
         while True:
             due = clock() + BEAT_S
             await asyncio.sleep(BEAT_S)
-            late = _FADES * late + max(0.0, clock() - due - _ON_TIME_S)
-            late = min(late, (PATIENCE_BEATS + 1) * BEAT_S)
-            patience = MISSED_BEATS + min(PATIENCE_BEATS, int(late / BEAT_S))
+            late = _FADES * self._late + max(0.0, clock() - due - _ON_TIME_S)
+            self._late = min(late, (PATIENCE_BEATS + 1) * BEAT_S)
             for _ in range(TURNS):
                 await asyncio.sleep(0)
             for member in self.members:
                 if member.reports != member.session.reports:
                     member.reports = member.session.reports
-                    member.silent_beats = 0
+                    self._heard(member)
+            patience = MISSED_BEATS + min(PATIENCE_BEATS, int(self._late / BEAT_S))
+            for member in self.members:
                 member.silent_beats += 1
                 member.still_beats += 1
                 if member.silent_beats > patience:

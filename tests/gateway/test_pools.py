@@ -232,6 +232,14 @@ async def test_silence_is_loss() -> None:
     watching.cancel()
 
 
+async def lost_after(cluster: Scripted) -> float:
+    """How long a worker may be silent now."""
+    member, began = cluster.add("d", DECODE), clock()
+    while member in cluster.pools.members:
+        await asyncio.sleep(0.01)
+    return clock() - began
+
+
 @on_virtual_time
 async def test_who_is_starved_itself_is_patient_for_a_while() -> None:
     cluster = Scripted()
@@ -239,21 +247,30 @@ async def test_who_is_starved_itself_is_patient_for_a_while() -> None:
     await asyncio.sleep(0.1)
     hold_up(0.9)  # the next beat of ours comes so late, less what it was not yet due
     await asyncio.sleep(0.2)
-
-    async def lost_after() -> float:
-        member, began = cluster.add("d", DECODE), clock()
-        while member in cluster.pools.members:
-            await asyncio.sleep(0.01)
-        return clock() - began
-
-    assert 1.75 < await lost_after() <= 2.02  # two beats more
+    assert 1.75 < await lost_after(cluster) <= 2.02  # two beats more
     await asyncio.sleep(30)
-    assert 1.25 <= await lost_after() <= 1.52
+    assert 1.25 <= await lost_after(cluster) <= 1.52
     hold_up(60)  # a suspended machine
     await asyncio.sleep(0.2)
-    assert 2.5 < await lost_after() <= 3.02  # and never longer than a hang
+    assert 2.5 < await lost_after(cluster) <= 3.02  # and never longer than a hang
     await asyncio.sleep(25)
-    assert 1.25 <= await lost_after() <= 1.52
+    assert 1.25 <= await lost_after(cluster) <= 1.52
+    watching.cancel()
+
+
+@pytest.mark.parametrize(("silence", "least", "most"), [(0.7, 1.25, 1.52), (1.1, 2.0, 2.52)])
+@on_virtual_time
+async def test_a_worker_nearly_lost_that_comes_back_calls_for_patience(
+    silence: float, least: float, most: float
+) -> None:
+    cluster = Scripted()
+    watching = asyncio.create_task(cluster.pools.watch())
+    member = cluster.add("p", PREFILL)
+    await asyncio.sleep(silence)
+    cluster.beat(member)
+    assert least < await lost_after(cluster) <= most
+    await asyncio.sleep(25)
+    assert 1.25 <= await lost_after(cluster) <= 1.52
     watching.cancel()
 
 
