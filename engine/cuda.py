@@ -17,10 +17,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, cycle
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cluster.errors import StartError
 from cluster.messages import Request, Sampling
 from engine.batch import Attention, Batch
 from engine.kernels.sampling import sample
@@ -29,7 +31,7 @@ from engine.layers.attention import Attend, Write
 from engine.loop import Outcome
 from engine.models.decoder import Decoder
 from engine.pinned import BUFFERS, Inbox, Packed, Pinned
-from engine.sampler import Sampled, is_plain, top_logprobs
+from engine.sampler import Sampled, is_plain
 from engine.sequence import Sequence
 
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -61,17 +63,19 @@ class _Graph:
 class CudaRunner:
     """Owns the model. Called by the step thread alone.
 
-    `width`: blocks of the longest sequence. `samples`: the most tokens that one step yields.
-    `ahead`: let the step loop queue a step before it has seen the one before it. Without
-    `graph_sizes` every step is queued kernel by kernel.
+    `context`: tokens of the longest sequence. `sequences`, `tokens`: the most of one step. `ahead`:
+    let the step loop queue a step before it has seen the one before it. Without `graph_sizes`
+    every step is queued kernel by kernel.
     """
 
     def __init__(
         self,
         model: Decoder,
-        width: int,
-        samples: int,
         *,
+        context: int,
+        block_size: int,
+        sequences: int,
+        tokens: int,
         ahead: bool,
         graph_sizes: tuple[int, ...] = GRAPH_SIZES,
     ) -> None:
@@ -79,7 +83,11 @@ class CudaRunner:
         self.pulse = 0  # layers and graphs launched so far
         self._model = model
         self._device = model.ops.device
-        self._width = width
+        self._width = -(-context // block_size)
+        self._sequences = sequences
+        chunk = min(context, tokens)
+        self._prompts = (chunk,) * (tokens // chunk)  # rows of each in a step as large as can be
+        samples = max(sequences, tokens)
         self._sizes = tuple(size for size in graph_sizes if size <= samples)
         self._graphs: dict[int, _Graph] = {}
         self._inbox = Inbox(self._device)
@@ -93,18 +101,28 @@ class CudaRunner:
         """Compile the kernels of every kind of step and capture the graphs.
 
         So that nothing is left to compile when a request comes, and what does not fit into memory
-        shows now. Graphs are captured the largest first: the others fit into its memory.
+        shows now: raises StartError. Graphs are captured the largest first: the others fit into its
+        memory.
         """
+        try:
+            self._warm_up(attention)
+        except torch.OutOfMemoryError as error:
+            raise StartError(
+                "the KV cache leaves too little memory for the steps: fewer --num-blocks, less "
+                "--kv-cache-memory-bytes or --max-num-batched-tokens"
+            ) from error
+
+    def _warm_up(self, attention: Attention) -> None:
         with self._on_device():
-            rows = min(len(self._last), self._width)
-            for batch in (self._idle(1), self._idle(0, rows), self._idle(1, rows)):
-                logits, _ = self._forward(batch, attention(batch), batch.sampled_rows)
-                self._sample_idle(logits)
+            for prompts in (self._prompts, (min(2, *self._prompts),)):  # long chunks, short ones
+                for singles in (0, 1):
+                    self._step_idle(self._idle(singles, prompts), attention)
             pool = None
-            for size in sorted(self._sizes, reverse=True):
+            for size in sorted({*self._sizes, *_doubled(self._sequences)}, reverse=True):
                 batch = self._idle(size)
-                logits, _ = self._forward(batch, attention(batch), batch.sampled_rows)
-                self._sample_idle(logits)
+                self._step_idle(batch, attention)
+                if size not in self._sizes:
+                    continue
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -112,8 +130,9 @@ class CudaRunner:
                 pool = graph.pool()
                 self._graphs[size] = _Graph(graph, _of(batch), logits, best)
 
-    def _sample_idle(self, logits: Tensor) -> None:
-        """Compile what chooses tokens other than the greedy ones, for so many rows."""
+    def _step_idle(self, batch: Batch, attention: Attention) -> None:
+        """Compile what such a step launches, and what chooses tokens other than the greedy ones."""
+        logits, _ = self._forward(batch, attention(batch), batch.sampled_rows)
         anything = Sequence(Request("", (0,), Sampling(repetition_penalty=2.0)), 0, 0, 0.0)
         how = SamplingTensors.of([anything] * len(logits), self._device)
         sample(logits, how)
@@ -133,18 +152,22 @@ class CudaRunner:
             logits, best = self._queue(batch, attention)
         if not batch.samples:
             return list
-        raw = {
-            row: logits[row].log_softmax(dim=-1)
-            for row, sequence in enumerate(batch.samples)
-            if sequence.request.sampling.logprobs is not None
-        }
+        asked = [row for row, one in enumerate(batch.samples) if _asked(one) is not None]
+        # Before what chooses edits them. Rows one by one: a list as an index would be waited for.
+        raw = torch.stack([logits[row] for row in asked]).log_softmax(dim=-1) if asked else None
         if all(map(is_plain, batch.samples)):
             tokens = best
         else:
             how = SamplingTensors.of(batch.samples, self._device, self._said)
             tokens = sample(logits, how)
         self._last[: len(tokens)].copy_(tokens)
-        return self._download(tokens, batch.samples, raw)
+        found = {"tokens": tokens}
+        if raw is not None:
+            chosen = torch.stack([tokens[row] for row in asked]).clamp_(min=0)
+            found["own"] = raw.gather(1, chosen[:, None])[:, 0]
+            most = max(_asked(one) or 0 for one in batch.samples)
+            found["likely"], found["likely_ids"] = raw.topk(most)
+        return self._download(found, batch.samples)
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Events, graphs and Triton go to the thread's current device, whatever their tensors."""
@@ -169,7 +192,7 @@ class CudaRunner:
             "contexts": _padded(batch.contexts, size, 0),
             "block_table": batch.block_table,
         }
-        packed = Packed({name: (t.dtype, tuple(t.shape)) for name, t in padded.items()})
+        packed = Packed(padded)
         arrived = packed.views(self._inbox.upload(packed, padded))
         for name in ("tokens", "positions", "slots", "contexts"):
             graph.inputs[name].copy_(arrived[name])
@@ -180,7 +203,7 @@ class CudaRunner:
 
     def _queue(self, batch: Batch, attention: Attention) -> tuple[Tensor, Tensor]:
         values = _of(batch)
-        packed = Packed({name: (t.dtype, tuple(t.shape)) for name, t in values.items()})
+        packed = Packed(values)
         there = batch.on(**packed.views(self._inbox.upload(packed, values)))
         return self._forward(there, attention(there), there.sampled_rows)
 
@@ -198,11 +221,10 @@ class CudaRunner:
         logits = self._model.logits(hidden[rows])
         return logits, self._model.ops.argmax(logits)
 
-    def _idle(self, singles: int, prompt: int = 0) -> Batch:
-        """A batch that means nothing, in tensors of its own: `singles` first tokens, then a prompt
+    def _idle(self, singles: int, prompts: tuple[int, ...] = ()) -> Batch:
+        """A batch that means nothing, in tensors of its own: `singles` first tokens, then prompts
         of so many rows. All read the first block and none writes."""
-        counts = (1,) * singles + (prompt,) * bool(prompt)
-        lengths = (1,) * singles + (prompt,) * bool(prompt)
+        counts = (1,) * singles + prompts
         starts = list(accumulate(counts, initial=0))
 
         def tensor(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
@@ -210,31 +232,43 @@ class CudaRunner:
 
         return Batch(
             tokens=tensor([0] * starts[-1], torch.int64),
-            positions=tensor([0] * singles + list(range(prompt)), torch.int64),
+            positions=tensor([at for count in counts for at in range(count)], torch.int64),
             slots=tensor([_NO_SLOT] * starts[-1], torch.int64),
             starts=tensor(starts),
-            contexts=tensor(list(lengths)),
+            contexts=tensor(list(counts)),
             block_table=tensor([0]).expand(len(counts), self._width).contiguous(),
             sampled_rows=tensor([start - 1 for start in starts[1:]], torch.int64),
             samples=(),
             counts=counts,
-            lengths=lengths,
+            lengths=counts,
             single=singles,
         )
 
-    def _download(
-        self, tokens: Tensor, sequences: tuple[Sequence, ...], raw: dict[int, Tensor]
-    ) -> Outcome:
-        pinned = next(self._outbox)
-        here = pinned.take(tokens.nbytes).view(torch.int64)
-        here.copy_(tokens, non_blocking=True)
+    def _download(self, found: dict[str, Tensor], sequences: tuple[Sequence, ...]) -> Outcome:
+        packed, pinned = Packed(found), next(self._outbox)
+        for name, view in packed.views(pinned.take(packed.bytes)).items():
+            view.copy_(found[name], non_blocking=True)
         pinned.used()
 
         def outcome() -> list[Sampled | None]:
-            chosen = pinned.take(tokens.nbytes).view(torch.int64).tolist()  # waits for the copy
-            return list(_sampled(chosen, sequences, raw))
+            here = packed.views(pinned.take(packed.bytes))  # waits for the copy
+            return list(_sampled({name: view.tolist() for name, view in here.items()}, sequences))
 
         return outcome
+
+
+def _doubled(most: int) -> Iterator[int]:
+    """1, 2, 4 and so on, and `most`: kernels are compiled for as many rows as the next of them."""
+    size = 1
+    while size < most:
+        yield size
+        size *= 2
+    yield most
+
+
+def _asked(sequence: Sequence) -> int | None:
+    """How many alternatives are to be told with its token's own log-probability, if that is."""
+    return sequence.request.sampling.logprobs
 
 
 def _padded(values: Tensor, size: int, padding: int) -> Tensor:
@@ -242,13 +276,12 @@ def _padded(values: Tensor, size: int, padding: int) -> Tensor:
 
 
 def _sampled(
-    chosen: list[int], sequences: tuple[Sequence, ...], raw: dict[int, Tensor]
+    found: dict[str, list[Any]], sequences: tuple[Sequence, ...]
 ) -> Iterator[Sampled | None]:
-    for row, (token, sequence) in enumerate(zip(chosen, sequences, strict=True)):
-        if token < 0:
-            yield None
-        elif row in raw:
-            alternatives = sequence.request.sampling.logprobs or 0
-            yield Sampled(token, top_logprobs(raw[row], token, alternatives))
-        else:
-            yield Sampled(token)
+    told = zip(*(found.get(name, ()) for name in ("own", "likely_ids", "likely")), strict=True)
+    for token, sequence in zip(found["tokens"], sequences, strict=True):
+        logprobs: tuple[tuple[int, float], ...] = ()
+        if (count := _asked(sequence)) is not None:
+            own, ids, values = next(told)
+            logprobs = ((token, own), *zip(ids[:count], values[:count], strict=True))
+        yield None if token < 0 else Sampled(token, logprobs)

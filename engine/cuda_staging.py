@@ -88,6 +88,8 @@ class Cuda:
 
     def warm_up(self, pages: Sequence[Tensor]) -> None:
         """Compile the kernels now: for one token, a multiple of 16 and another number of them."""
+        # The pages are being filled on the stream of who made them.
+        self._aside.wait_stream(torch.cuda.current_stream(self.device))
         with self.aside():
             for group in pages:
                 for tokens in (1, 3, 16):

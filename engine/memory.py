@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be taken on a device; of the host also within its cgroups' limits."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch only keeps, for tensors to come, can be taken
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
     return pressure.free_bytes()

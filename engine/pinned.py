@@ -11,29 +11,26 @@ BUFFERS = 3  # two steps may be under way while a third is written
 
 
 class Packed:
-    """Several integer tensors in one run of bytes, so that they travel in one copy."""
+    """Several tensors in one run of bytes, so that they travel in one copy."""
 
-    def __init__(self, shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        self._shapes = shapes
-        self.bytes = sum(_size(dtype, shape) for dtype, shape in shapes.values())
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        """Laid out for such tensors."""
+        self._shapes = {name: (value.dtype, value.shape) for name, value in values.items()}
+        self.bytes = sum(_size(dtype, shape) for dtype, shape in self._shapes.values())
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         """Each tensor within `buffer` uint8 [bytes]."""
         views, at = {}, 0
         for name, (dtype, shape) in self._shapes.items():
             size = _size(dtype, shape)
-            views[name] = buffer[at : at + size].view(dtype)[: _count(shape)].view(shape)
+            views[name] = buffer[at : at + size].view(dtype)[: shape.numel()].view(shape)
             at += size
         return views
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+def _size(dtype: torch.dtype, shape: torch.Size) -> int:
     """In bytes, rounded up so that what follows is aligned for any dtype."""
-    return -(-_count(shape) * dtype.itemsize // 16) * 16
+    return -(-shape.numel() * dtype.itemsize // 16) * 16
 
 
 class Inbox:

@@ -36,7 +36,7 @@ class Trace:
         self._file = file
         self._left = steps
         cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-        self._profile = profile(activities=[ProfilerActivity.CPU, *cuda])
+        self._profile = profile(activities=[ProfilerActivity.CPU, *cuda], acc_events=True)
         self._begun = False
 
     def of(self, stage: Stage, runner: Runner) -> tuple[Stage, Runner]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +82,7 @@ class DeviceBody:
         raise NotImplementedError
 
 
-class Digested(npt.NDArray[np.uint8]):
+class Digested(np.ndarray[Any, np.dtype[np.uint8]]):  # NDArray is no class from numpy 2.5 on
     """A copy uint8 [size] on the host whose digest was found while it was made."""
 
     digest: int

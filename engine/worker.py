@@ -391,8 +391,10 @@ def _runner(config: WorkerConfig, model: LoadedModel, parts: Parts) -> Runner | 
 
     return CudaRunner(
         model.model,
-        width=-(-parts.hello.max_model_len // config.block_size),
-        samples=max(config.max_num_seqs, config.max_num_batched_tokens),
+        context=parts.hello.max_model_len,
+        block_size=config.block_size,
+        sequences=config.max_num_seqs,
+        tokens=config.max_num_batched_tokens,
         ahead=decodes,
         graph_sizes=_graph_sizes(config, GRAPH_SIZES) if decodes else (),
     )

@@ -89,7 +89,7 @@ class EngineHere:
         pool = BlockPool(blocks, _BLOCK)
         allocator = Allocator(pool, lambda salt: b"bench" + salt, caching=False)
         self._role = role
-        self._width, self._samples = -(-context // _BLOCK), max(budget, sequences)
+        self._context, self._sequences, self._budget = context, sequences, budget
         self._numbers = itertools.count()
         self.host = HostTime()
         if role == PREFILL:
@@ -116,7 +116,7 @@ class EngineHere:
                 max_sequences=sequences,
                 clock=monotonic,
             )
-        self._steps = loop.Steps(self.stage, Runner(self._model), self.host)
+        self._steps = loop.Steps(self.stage, self._runner(()), self.host)
 
     def run_with(self, *, graphs: Sequence[int]) -> float:
         """Choose how steps run: from graphs of these sizes, else eager. May be called between any
@@ -126,18 +126,23 @@ class EngineHere:
         """
         self._steps.settle()
         began = time.perf_counter()
-        runner: loop.Runner = Runner(self._model)
-        if self._model.ops.name == "triton":
-            runner = CudaRunner(
-                self._model,
-                self._width,
-                self._samples,
-                ahead=self._role == BOTH,
-                graph_sizes=tuple(graphs),
-            )
-            runner.warm_up(self.stage.attention)
+        runner = self._runner(graphs)
+        runner.warm_up(self.stage.attention)
         self._steps = loop.Steps(self.stage, runner, self.host)
         return time.perf_counter() - began
+
+    def _runner(self, graphs: Sequence[int]) -> Runner | CudaRunner:
+        if self._model.ops.name != "triton":
+            return Runner(self._model)
+        return CudaRunner(
+            self._model,
+            context=self._context,
+            block_size=_BLOCK,
+            sequences=self._sequences,
+            tokens=self._budget,
+            ahead=self._role == BOTH,
+            graph_sizes=tuple(graphs),
+        )
 
     def order(self, ids: Sequence[int], count: int, stop: Sequence[int] = ()) -> str:
         """A greedy answer of `count` tokens at most. Returns the request's id."""

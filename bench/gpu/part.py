@@ -6,6 +6,7 @@ cannot be stopped from within. Findings are written down one by one: those befor
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import multiprocessing
@@ -23,6 +24,21 @@ from bench.gpu.setting import Row, Rows, Setting
 
 _PRELOADED: Final = ("torch", "triton", "numpy", "bench.gpu.setting")
 _LEAVE_S: Final = 3.0
+
+
+@dataclass(frozen=True)
+class Later:
+    """A function of this package, imported where it runs: a module that cannot be imported, for
+    lack of a package, ends only the parts that need it."""
+
+    module: str
+    name: str
+
+    def __call__(self, setting: Setting, *arguments: Any) -> Rows:
+        work: Callable[..., Rows] = getattr(
+            importlib.import_module(f"bench.gpu.{self.module}"), self.name
+        )
+        return work(setting, *arguments)
 
 
 @dataclass(frozen=True)
@@ -113,7 +129,7 @@ class Running:
             self._process.join(_LEAVE_S)
         if self._process.is_alive():
             self._process.kill()
-        self._process.join()
+        self._process.join(_LEAVE_S)  # one that waits for the device cannot even be killed
 
 
 def processes() -> Any:

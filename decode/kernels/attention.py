@@ -292,6 +292,7 @@ def attend_singles(
         num_warps=splits.config.warps,
         num_stages=splits.config.stages,
         maxnreg=splits.config.registers,
+        enable_fp_fusion=True,
     )
     return out
 

@@ -184,6 +184,7 @@ def plan_splits(
         KV_HEADS=kv_heads,
         TILE=config.tile,
         SEGMENTS=triton.next_power_of_2(max(1, contexts.shape[0])),
+        enable_fp_fusion=True,
     )
     return splits
 

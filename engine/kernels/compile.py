@@ -55,6 +55,7 @@ def compile_ahead(
     num_stages: int = 3,
     aligned: Collection[str] = (),
     maxnreg: int | None = None,
+    enable_fp_fusion: bool = True,  # said by every launcher: Triton is changing its default
 ) -> Compiled:
     """Compile `fn` for compute capability `arch` (80, 90, 100) as a launch would.
 
@@ -83,7 +84,7 @@ def compile_ahead(
             "num_warps": num_warps,
             "num_stages": num_stages,
             "maxnreg": maxnreg,
-            "enable_fp_fusion": True,  # every launcher asks for it; Triton is changing its default
+            "enable_fp_fusion": enable_fp_fusion,
         },
     )
     ptx, cubin = made.asm["ptx"], made.asm["cubin"]

@@ -436,7 +436,8 @@ def sample(logits: Tensor, how: SamplingTensors) -> Tensor:
     maxima = torch.empty((rows, groups), dtype=torch.float32, device=device)
     part_tops = torch.empty((rows, parts), dtype=torch.float32, device=device)
     part_masses = torch.empty((rows, parts), dtype=torch.float64, device=device)
-    tops, cuts = torch.empty((2, rows), dtype=torch.float32, device=device)
+    # Two, for Triton compiles a kernel anew where a pointer is not aligned to 16 bytes.
+    tops, cuts = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
     counts = torch.empty(rows, dtype=torch.int32, device=device)
     listed = torch.empty((rows, CAPACITY), dtype=torch.float32, device=device)
     listed_ids = torch.empty((rows, CAPACITY), dtype=torch.int32, device=device)

@@ -20,6 +20,13 @@ def test_free_memory_is_what_the_kernel_says() -> None:
     assert 0 < memory.free_bytes(CPU) < total
 
 
+def test_what_torch_only_keeps_of_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [100]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(300))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[-1], 1000))
+    assert memory.free_bytes(torch.device("cuda")) == 300
+
+
 def test_blocks_that_do_not_fit_say_how_many_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: (64 << 20) + 10_500)
     memory.check_blocks(10, 1000, CPU)

@@ -12,7 +12,7 @@ import zmq
 
 from cluster.credentials import Credentials
 from cluster.errors import HandshakeRefused, TransferFailed, WorkerLost
-from cluster.messages import Fingerprint, Hello, KVLayout, LayerGroup, Peer
+from cluster.messages import PROTOCOL, Fingerprint, Hello, KVLayout, LayerGroup, Peer
 from engine.staging import DeviceBody, Room
 from kvtransfer.cuda_ipc import CudaIpcHost, CudaIpcWire, _Copy
 from kvtransfer.frames import (
@@ -343,7 +343,7 @@ LAYOUT = KVLayout((LayerGroup(2, 2, 4),), "bfloat16")
 @pytest.mark.parametrize(
     ("mine", "words"),
     [
-        (prefill_hello(protocol=9), ["protocol version", "9", "1"]),
+        (prefill_hello(protocol=9), ["protocol version", "9", str(PROTOCOL)]),
         (
             prefill_hello(fingerprint=Fingerprint("other", "weights")),
             ["configuration", "other", "config"],

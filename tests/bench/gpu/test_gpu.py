@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from bench.gpu import main, parts, shapes
 from bench.gpu.options import GpuOptions, parse_options
 from bench.gpu.paged import Shape, attended, error_of, paged
-from bench.gpu.part import Found, Part, Running
+from bench.gpu.part import Found, Later, Part, Running
 from bench.gpu.report import table
 from bench.gpu.setting import SMALL, Rows, Setting, checked, timed
 from cluster.errors import StartError
@@ -67,6 +68,18 @@ def test_what_a_part_found_before_it_broke_is_kept() -> None:
     one = found(broken)
     assert not one.sound and [row["what"] for row in one.rows] == ["before"]
     assert "ValueError: no such kernel" in one.error
+
+
+def test_a_part_that_cannot_be_imported_fails_alone() -> None:
+    one = found(Later("nowhere", "work"))
+    assert "No module named 'bench.gpu.nowhere'" in one.error
+
+
+def test_every_part_has_its_work() -> None:
+    for part in parts.all_parts(on_gpu=True):
+        assert isinstance(part.work, Later)
+        module = importlib.import_module(f"bench.gpu.{part.work.module}")
+        assert callable(getattr(module, part.work.name))
 
 
 def test_a_part_that_dies_takes_nothing_with_it() -> None:

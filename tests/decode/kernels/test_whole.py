@@ -83,7 +83,8 @@ def answers(ops: Ops, kernels: str, make_runner: Any) -> dict[str, list[Any]]:
 @pytest.mark.filterwarnings("ignore:overflow")  # numpy's, in the interpreter
 def test_the_same_answers_as_plain_torch() -> None:
     wanted = answers(TorchOps(torch.float32), "torch", Runner)
-    cuda = partial(CudaRunner, width=8, samples=24, ahead=True, graph_sizes=())
+    room = {"context": 128, "block_size": 16, "sequences": 8, "tokens": 24}
+    cuda = partial(CudaRunner, **room, ahead=True, graph_sizes=())
     got = answers(TritonOps(torch.float32, CPU), "triton", cuda)
     assert {name: len(tokens) for name, tokens in got.items()} == {
         name: sampling.max_tokens for name, _, sampling in REQUESTS

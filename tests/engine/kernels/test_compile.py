@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from engine.kernels import argmax, move_kv, norm, rope_write, sampling, swiglu
@@ -22,6 +24,10 @@ ROW = {
     "top_ps": "*fp64",
     "log_min_ps": "*fp32",
 }
+
+
+def launch(kernel: str) -> dict[str, Any]:
+    return sampling.LAUNCH[kernel] | sampling.EXACT
 
 
 def fits(made: Compiled) -> None:
@@ -159,7 +165,7 @@ def test_edit(arch: int) -> None:
         "divisors": "*fp32",
         "penalties": "*fp32",
     }
-    fits(compile_ahead(sampling.edit_kernel, signature, {}, arch, **sampling.LAUNCH["edit"]))
+    fits(compile_ahead(sampling.edit_kernel, signature, {}, arch, **launch("edit")))
 
 
 def test_survey(arch: int) -> None:
@@ -175,7 +181,7 @@ def test_survey(arch: int) -> None:
         signature,
         {},
         arch,
-        **sampling.LAUNCH["survey"],
+        **launch("survey"),
         aligned=("stride", "vocab"),
     )
     fits(made)
@@ -192,7 +198,7 @@ def test_cut(arch: int) -> None:
         "counts": "*i32",
         "groups": "i32",
     }
-    fits(compile_ahead(sampling.cut_kernel, signature, {}, arch, **sampling.LAUNCH["cut"]))
+    fits(compile_ahead(sampling.cut_kernel, signature, {}, arch, **launch("cut")))
 
 
 def test_shortlist(arch: int) -> None:
@@ -207,9 +213,7 @@ def test_shortlist(arch: int) -> None:
     }
     constants = {"ROOM": sampling.CAPACITY}
     fits(
-        compile_ahead(
-            sampling.shortlist_kernel, signature, constants, arch, **sampling.LAUNCH["shortlist"]
-        )
+        compile_ahead(sampling.shortlist_kernel, signature, constants, arch, **launch("shortlist"))
     )
 
 
@@ -225,8 +229,4 @@ def test_finish(arch: int) -> None:
         "parts": "i32",
     }
     constants = {"ROOM": sampling.CAPACITY, "PARTS": 256}
-    fits(
-        compile_ahead(
-            sampling.finish_kernel, signature, constants, arch, **sampling.LAUNCH["finish"]
-        )
-    )
+    fits(compile_ahead(sampling.finish_kernel, signature, constants, arch, **launch("finish")))
