@@ -216,12 +216,18 @@ class WorkerOptions(Common):
         choices=("auto", "dummy"),
     )
     seed: int = option(0, "of dummy weights", maximum=2**63 - 1)
-    block_size: int = option(16, "tokens per KV block; pools may differ", minimum=1)
+    block_size: int = option(
+        0, "tokens per KV block, pools may differ; 0: 16 on a CPU, 64 on a GPU"
+    )
     num_blocks: int = option(0, "KV blocks; 0 fills --kv-cache-memory-bytes")
-    kv_cache_memory_bytes: int = option(1 << 30, "memory for KV when --num-blocks is 0", minimum=1)
+    kv_cache_memory_bytes: int = option(
+        0,
+        "memory for KV when --num-blocks is 0; 0: 1 GiB on a CPU, two fifths of what the weights "
+        "leave free on a GPU",
+    )
     max_num_seqs: int = option(256, "sequences that a decode worker runs at once", minimum=1)
     max_num_batched_tokens: int = option(
-        512, "tokens per step: the size of a prefill chunk", minimum=1
+        0, "tokens per step: the size of a prefill chunk; 0: 512 on a CPU, 2048 on a GPU"
     )
     enable_prefix_caching: bool = option(True, "keep the KV of past prompts for shared prefixes")
     threads: int = option(1, "CPU threads of the step loop", minimum=1)

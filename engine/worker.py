@@ -42,6 +42,7 @@ from engine.memory import check_blocks, warn_of_pressure
 from engine.models.load import LoadedModel, load_model
 from engine.profile import Trace
 from engine.runner import Runner
+from engine.sizes import kv_blocks, settled
 
 if TYPE_CHECKING:  # imports triton, which a worker on the CPU has no use for
     from engine.cuda import CudaRunner
@@ -107,6 +108,7 @@ async def serve(
     `process.leave`.
     """
     times = {"imported": process.age()}
+    config = settled(config, find_device(config.device))
     _pin(config.pin)
     torch.set_num_threads(config.threads)
     native.set_threads(config.threads)
@@ -302,10 +304,10 @@ def _parts(
     shape = model.config
     ops = model.model.ops
     layout = KVLayout(_groups(shape), str(ops.kv_dtype).removeprefix("torch."))
-    blocks = config.num_blocks or _blocks_in(config, layout)
-    check_blocks(blocks, layout.token_bytes * config.block_size, ops.device)
-    size = blocks * layout.token_bytes * config.block_size
-    warn_of_pressure(size, config.pressure_limit, ops.device)
+    block_bytes = layout.token_bytes * config.block_size
+    blocks = kv_blocks(config, block_bytes, ops.device)
+    check_blocks(blocks, block_bytes, ops.device)
+    warn_of_pressure(blocks * block_bytes, config.pressure_limit, ops.device)
     name = config.name or f"{config.role}-{os.getpid()}"
     fingerprint = Fingerprint(config_digest(directory), model.weights_digest)
     pool = BlockPool(blocks, config.block_size)
@@ -344,18 +346,6 @@ def _groups(shape: ModelConfig) -> tuple[LayerGroup, ...]:
         else:
             groups.append(LayerGroup(1, shape.kv_heads, shape.head_dim, window))
     return tuple(groups)
-
-
-def _blocks_in(config: WorkerConfig, layout: KVLayout) -> int:
-    """How many blocks fit into the memory given."""
-    block_bytes = layout.token_bytes * config.block_size
-    blocks = config.kv_cache_memory_bytes // block_bytes
-    if blocks < 1:
-        raise StartError(
-            f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes} holds no block "
-            f"of {block_bytes} bytes"
-        )
-    return blocks
 
 
 @dataclass(frozen=True)

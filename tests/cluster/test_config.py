@@ -73,9 +73,9 @@ def test_what_is_wrong_is_said(argv: list[str], part: str) -> None:
     [
         (WorkerConfig, "--max-num-seqs", "-1", "at least 1"),
         (WorkerConfig, "--max-num-seqs", "0", "at least 1"),
-        (WorkerConfig, "--max-num-batched-tokens", "0", "at least 1"),
-        (WorkerConfig, "--block-size", "0", "at least 1"),
-        (WorkerConfig, "--kv-cache-memory-bytes", "0", "at least 1"),
+        (WorkerConfig, "--max-num-batched-tokens", "-1", "at least 0"),
+        (WorkerConfig, "--block-size", "-1", "at least 0"),
+        (WorkerConfig, "--kv-cache-memory-bytes", "-1", "at least 0"),
         (WorkerConfig, "--threads", "0", "at least 1"),
         (WorkerConfig, "--lease", "0", "from 1 to 1000000"),
         (WorkerConfig, "--lease", "nan", "from 1 to 1000000"),
@@ -135,7 +135,7 @@ def test_help_shows_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
         load(WorkerConfig, ["--help"], "baton worker")
     assert exit.value.code == 0
     text = capsys.readouterr().out
-    assert "--max-num-batched-tokens" in text and "(default: 512)" in " ".join(text.split())
+    assert "--max-num-seqs" in text and "(default: 256)" in " ".join(text.split())
     assert "--die-with" not in text
 
 

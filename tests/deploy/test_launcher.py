@@ -56,7 +56,7 @@ def test_with_keys_workers_join_where_gateways_ask_for_them() -> None:
 
 
 def test_pools_may_differ_in_block_size() -> None:
-    plan = started("--decode-block-size", "64")
+    plan = started("--block-size", "16", "--decode-block-size", "64")
     sizes = {
         name: load(WorkerConfig, plan[name][1:], "baton worker").block_size
         for name in ("prefill-0", "decode-0")
