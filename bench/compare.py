@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +33,7 @@ from bench.options import require
 from bench.serve import find_model, paced
 from bench.stand import Mode, modes, running
 from bench.trace import CHAT, FLOOD, LOADED, LONG, PROBES, QUIET, Pace, Phase, Writer
+from bench.vllm_stand import is_vllm, running_vllm, vllm_modes
 from bench.vocabulary import LocalVocabulary
 from cluster.config import BUILT_IN, WorkerConfig
 from cluster.errors import StartError
@@ -67,24 +69,25 @@ async def compare(options: CompareOptions) -> Comparison:
         name = "baton-tiny" if directory == BUILT_IN else directory.resolve().name
         ids = LocalVocabulary(directory).ids
         writer = Writer(ids, options.sizes, options.seed)
-        bench = Bench(base, writer)
+        bench = Bench(base, writer, options.vllm)
         hardware, date = describe(options), datetime.now()
-        three = modes(options.cores)
+        every = modes(options.cores)
+        every += vllm_modes(options.cores) if options.vllm else ()
         pace = Pace(options.rate, options.long_every)
         if not (pace.rate and pace.long_every):
-            pace = await bench.calibrate(three[0], max(options.chunks), pace)
-        sweep = await _sweep(bench, options, three, pace)
+            pace = await bench.calibrate(every[0], max(options.chunks), pace)
+        sweep = await _sweep(bench, options, every, pace)
         points = by_mode(sweep)
         chosen = {
             mode.name: choose(points[mode.name]).chunk if points else options.chunks[0]
-            for mode in three
+            for mode in every
         }
-        rounds = await _rounds(bench, options, three, pace, chosen)
+        rounds = await _rounds(bench, options, every, pace, chosen)
     return Comparison(options, name, hardware, date, pace, tuple(sweep), tuple(rounds))
 
 
 async def _sweep(
-    bench: Bench, options: CompareOptions, three: Sequence[Mode], pace: Pace
+    bench: Bench, options: CompareOptions, every: Sequence[Mode], pace: Pace
 ) -> list[Run]:
     """Nothing to choose, nothing to sweep."""
     if len(options.chunks) == 1:
@@ -94,14 +97,14 @@ async def _sweep(
     return [
         await bench.run(mode, chunk, 0, {LOADED: load})
         for chunk in options.chunks
-        for mode in three
+        for mode in every
     ]
 
 
 async def _rounds(
     bench: Bench,
     options: CompareOptions,
-    three: Sequence[Mode],
+    every: Sequence[Mode],
     pace: Pace,
     chosen: Mapping[str, int],
 ) -> list[Run]:
@@ -116,26 +119,27 @@ async def _rounds(
     return [
         await bench.run(mode, chosen[mode.name], number + 1, phases)
         for number in range(options.rounds)
-        for mode in _turn(three, number)
+        for mode in _turn(every, number)
     ]
 
 
-def _turn(three: Sequence[Mode], number: int) -> tuple[Mode, ...]:
-    first = number % len(three)
-    return (*three[first:], *three[:first])
+def _turn(every: Sequence[Mode], number: int) -> tuple[Mode, ...]:
+    first = number % len(every)
+    return (*every[first:], *every[:first])
 
 
 class Bench:
     """Starts a mode, asks it what a trace says, stops it."""
 
-    def __init__(self, base: WorkerConfig, writer: Writer) -> None:
+    def __init__(self, base: WorkerConfig, writer: Writer, vllm: str | None = None) -> None:
         self.writer = writer
         self._base = base
+        self._vllm = vllm
 
     async def run(self, mode: Mode, chunk: int, number: int, phases: Mapping[str, Phase]) -> Run:
         """One start of one mode: the probes, which warm it up, then each phase to its end."""
         started = time.perf_counter()
-        async with running(mode, chunk, self._base) as url, open_session() as session:
+        async with open_session() as session, self._stand(mode, chunk, session) as url:
             ready_s = time.perf_counter() - started
             model = await find_model(session, url, None)
             measured = {PROBES: await measure(session, url, model, self.writer.probes())}
@@ -144,6 +148,14 @@ class Bench:
         run = Run(mode.name, chunk, number, ready_s, measured)
         _tell(run)
         return run
+
+    def _stand(
+        self, mode: Mode, chunk: int, session: aiohttp.ClientSession
+    ) -> AbstractAsyncContextManager[str]:
+        """The URL of a mode that is ready."""
+        if self._vllm and is_vllm(mode.name):
+            return running_vllm(mode, chunk, self._base, self._vllm, session)
+        return running(mode, chunk, self._base)
 
     async def calibrate(self, mode: Mode, chunk: int, given: Pace) -> Pace:
         """A pace that every mode can hold, where none was given.

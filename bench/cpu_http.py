@@ -10,12 +10,10 @@ import asyncio
 import contextlib
 import math
 import os
-import socket
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -27,26 +25,16 @@ import aiohttp
 from bench.client import Client, Record
 from bench.cpu_flags import CpuOptions
 from bench.serve import find_model
+from bench.server import Server, running
 from bench.trace import CHAT, Ask
-from cluster.config import child_environment
+from bench.vllm_stand import vllm_command
 from cluster.errors import StartError
 from cluster.model import load_config
-from deploy.launcher import end_all
 
-START_S: Final = 120.0
 PROMPT: Final = 32
 TOGETHER: Final = 8
 AT_ONCE: Final = (1, TOGETHER)
 _HEADERS: Final = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-
-
-@dataclass(frozen=True)
-class Server:
-    """How to start one. `{port}` and `{inner}` in its command become free ports."""
-
-    name: str
-    command: tuple[str, ...]
-    ready: str  # answers 200 once it serves
 
 
 @dataclass(frozen=True)
@@ -112,7 +100,7 @@ def measure_servers(options: CpuOptions) -> Servers:
 
 
 def servers(options: CpuOptions) -> list[Server]:
-    """Ours divided and undivided; llama.cpp's with one thread and with one on every core."""
+    """Ours divided and undivided; theirs with one thread and with one on every core."""
     model = options.models / "hf"
     ours: tuple[str, ...] = (sys.executable, "-m", "cluster.cli", "serve", str(model))
     ours += ("--port", "{port}", "--grpc-port", "{inner}", "--kernels", options.kernels)
@@ -122,21 +110,30 @@ def servers(options: CpuOptions) -> list[Server]:
         Server("Baton 1 + 1", ours, "/ready"),
         Server("Baton undivided", (*ours, *undivided), "/ready"),
     ]
-    if "llama.cpp" in options.peers:
-        binary = Path(options.peers["llama.cpp"]).resolve().parent / "llama-server"
-        room = TOGETHER * (PROMPT + options.answer + 32)
-        theirs: tuple[str, ...] = (
-            str(binary),
-            "-m",
-            str(options.models / "f32.gguf"),
-            "--no-webui",
-        )
-        theirs += ("--host", "127.0.0.1", "--port", "{port}")
-        theirs += ("-np", str(TOGETHER), "-c", str(room), "-ctk", "f32", "-ctv", "f32")
+    theirs = {"llama.cpp": ("llama.cpp", _llama_cpp), "vllm": ("vLLM", _vllm)}
+    for name, command in (theirs[key] for key in theirs if key in options.peers):
         for threads in sorted({1, len(options.cores)}):
-            name = f"llama.cpp, {threads} thread{'s' if threads > 1 else ''}"
-            found.append(Server(name, (*theirs, "-t", str(threads)), "/health"))
+            title = f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+            found.append(Server(title, command(options, threads), "/health"))
     return found
+
+
+def _llama_cpp(options: CpuOptions, threads: int) -> tuple[str, ...]:
+    binary = Path(options.peers["llama.cpp"]).resolve().parent / "llama-server"
+    command: tuple[str, ...] = (str(binary), "-m", str(options.models / "f32.gguf"), "--no-webui")
+    command += ("--host", "127.0.0.1", "--port", "{port}", "-t", str(threads))
+    command += ("-np", str(TOGETHER), "-c", str(TOGETHER * _room(options)))
+    return (*command, "-ctk", "f32", "-ctv", "f32")
+
+
+def _vllm(options: CpuOptions, threads: int) -> tuple[str, ...]:
+    command = vllm_command(options.peers["vllm"], options.models / "hf", threads)
+    return (*command, "--max-num-seqs", str(TOGETHER), "--max-model-len", str(_room(options)))
+
+
+def _room(options: CpuOptions) -> int:
+    """Tokens of one question and its answer, and some."""
+    return PROMPT + options.answer + 32
 
 
 async def _measure(options: CpuOptions) -> Servers:
@@ -225,53 +222,3 @@ class Caller:
         if failed:
             raise StartError(f"an answer failed: {failed[0]}")
         return records, seconds
-
-
-@asynccontextmanager
-async def running(server: Server, session: aiohttp.ClientSession) -> AsyncIterator[str]:
-    """The URL of a server that is ready; it ends with the block. Raises StartError."""
-    port, inner = _free_ports(2)
-    command = [word.format(port=port, inner=inner) for word in server.command]
-    try:
-        child = await asyncio.create_subprocess_exec(
-            *command,
-            env=child_environment(),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for us: we end the children in order
-        )
-    except OSError as error:
-        raise StartError(f"{server.name}: {error.strerror}") from None
-    try:
-        url = f"http://127.0.0.1:{port}"
-        await _until_ready(server, url, session, child)
-        yield url
-    finally:
-        await end_all([child])
-
-
-async def _until_ready(
-    server: Server, url: str, session: aiohttp.ClientSession, child: asyncio.subprocess.Process
-) -> None:
-    try:
-        async with asyncio.timeout(START_S):
-            while True:
-                if child.returncode is not None:
-                    raise StartError(f"{server.name} ended with {child.returncode} before serving")
-                with contextlib.suppress(aiohttp.ClientError):
-                    async with session.get(url + server.ready) as response:
-                        if response.status == 200:
-                            return
-                await asyncio.sleep(0.05)
-    except TimeoutError:
-        raise StartError(f"{server.name} was not ready within {START_S:g} s") from None
-
-
-def _free_ports(count: int) -> Sequence[int]:
-    """Ports that nobody listens on now, all different."""
-    with contextlib.ExitStack() as held:
-        listeners = [
-            held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
-        ]
-        return [listener.getsockname()[1] for listener in listeners]

@@ -23,6 +23,7 @@ MODULES: Final = {
     OURS: "bench.peers.baton_peer",
     "transformers": "bench.peers.transformers_peer",
     "openvino": "bench.peers.openvino_peer",
+    "vllm": "bench.peers.vllm_peer",
     "ctranslate2": "bench.peers.ctranslate2_peer",
     "llama.cpp": "bench.peers.llama_cpp_peer",
 }
@@ -30,6 +31,7 @@ PRECISIONS: Final = {
     OURS: ("fp32", "int8"),
     "transformers": ("fp32",),
     "openvino": ("fp32", "int8"),
+    "vllm": ("fp32",),
     "ctranslate2": ("fp32", "int8"),
     "llama.cpp": ("fp32", "int8"),
 }

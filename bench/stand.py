@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -23,6 +22,7 @@ from typing import Any, Final
 
 import aiohttp
 
+from bench.server import free_ports
 from cluster.config import GatewayConfig, WorkerConfig, child_environment, flags
 from cluster.errors import StartError
 from cluster.messages import BOTH, DECODE, PREFILL
@@ -112,7 +112,7 @@ async def house(
 ) -> AsyncIterator[House]:
     """A cluster that is ready; it ends with the block. `api_key` is one that `front` accepts, if it
     asks for any. Raises StartError."""
-    port, grpc_port = _free_ports(2)
+    port, grpc_port = free_ports(2)
     children: list[asyncio.subprocess.Process] = []
     url = f"http://127.0.0.1:{port}"
     try:
@@ -161,12 +161,3 @@ async def _status(client: aiohttp.ClientSession, url: str) -> Mapping[str, Any]:
             if response.status == 200:
                 return dict(await response.json())
     return {}
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, all different."""
-    with contextlib.ExitStack() as held:
-        listeners = [
-            held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
-        ]
-        return [listener.getsockname()[1] for listener in listeners]

@@ -236,7 +236,7 @@ class Token(NamedTuple):
 
     request_id: str
     attempt: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides a method of tuples that nobody calls
     token: int
     finish: str = ""  # "stop", "length" or not yet
     stop_token: int | None = None  # the token id that stopped it, if the client had named it

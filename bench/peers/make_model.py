@@ -1,6 +1,7 @@
 """make_model: a Hugging Face directory with random weights that every peer takes as it is.
 
     python -m bench.peers.make_model half DIR     0.5 B parameters, for `baton bench cpu`
+    python -m bench.peers.make_model middle DIR   24 M, for `baton bench compare --vllm`
     python -m bench.peers.make_model small DIR    4 M parameters, for `baton bench cpu --http`
 
 The tokenizer is a plain byte-level BPE in which each token is a whole word of letters, ` abcd`:
@@ -56,6 +57,7 @@ class Size:
 
 SIZES: Final = {
     "half": Size(896, 24, 14, 2, 4864, 151_936, 32_768),
+    "middle": Size(512, 8, 8, 2, 1408, 4_096, 4_096),
     "small": Size(256, 4, 4, 2, 704, 4_096, 4_096),
 }
 

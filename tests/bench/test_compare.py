@@ -51,6 +51,8 @@ class TestFlags:
             (["--rate", "-1"], "--rate"),
             (["--long-prompt", "0"], "--long-prompt"),
             (["--goodput", "itl:5"], "--goodput"),
+            (["--vllm", "python"], "--vllm needs a --model"),
+            (["--vllm", "python", "--model", "m", "--load-format", "dummy"], "--vllm needs"),
         ],
     )
     def test_what_cannot_work_is_refused(self, argv: list[str], says: str) -> None:

@@ -48,7 +48,7 @@ def test_the_table_puts_each_mode_beside_its_own_quiet_figure(comparison: Compar
     assert row(table, "Good chats/s, loaded") == ["0.50", "0.00", "0.00"]
     assert row(table, "Output tok/s, flood") == ["-"] * 3  # nothing was measured there
     assert "a good chat: ttft <= 50 ms, tpot <= 15 ms" in table
-    assert "agree in all modes: True" in table
+    assert "agree in all our modes: True" in table
 
 
 def test_limits_that_are_given_win(comparison: Comparison) -> None:
@@ -66,7 +66,14 @@ def test_a_busy_machine_is_said_so(comparison: Comparison) -> None:
 def test_modes_that_disagree_are_said_so(comparison: Comparison) -> None:
     odd = replace(comparison, rounds=(*comparison.rounds, run("pd", text="something else")))
     assert not odd.probes_agree
-    assert "agree in all modes: False" in odd.table()
+    assert "agree in all our modes: False" in odd.table()
+
+
+def test_what_vllm_says_is_counted_and_does_not_make_ours_wrong(comparison: Comparison) -> None:
+    theirs = run("vllm", text="something else")
+    both = replace(comparison, rounds=(*comparison.rounds, theirs))
+    assert both.probes_agree
+    assert both.to_json()["answers_differing"] > 0
 
 
 def test_json_holds_what_is_needed_to_check_and_to_repeat(comparison: Comparison) -> None:

@@ -32,6 +32,7 @@ from bench.cpu_report import (
 from bench.peers import convert, protocol
 from bench.peers.make_model import SIZES, Size, vocabulary, write_model
 from bench.peers.protocol import Answer, Load, Memory
+from bench.server import Server, running
 from cluster.errors import StartError
 from cluster.model import load_config
 from tests.bench.conftest import whole
@@ -78,12 +79,14 @@ class TestFlags:
         assert options.rounds == 5 and options.peers == {} and options.suffix == ""
 
     def test_peers_are_those_named(self, models: Path) -> None:
-        options = parse_options([str(models), "--openvino", "py", "--llama-bench", "b/bin"])
-        assert options.peers == {"openvino": "py", "llama.cpp": "b/bin"}
+        flags = ["--openvino", "py", "--llama-bench", "b/bin", "--vllm", "v/python"]
+        options = parse_options([str(models), *flags])
+        assert options.peers == {"openvino": "py", "llama.cpp": "b/bin", "vllm": "v/python"}
         assert pythons(options.peers) == {
             OURS: sys.executable,
             "openvino": "py",
             "llama.cpp": sys.executable,
+            "vllm": "v/python",
         }
 
     def test_the_exact_precision_comes_first(self, models: Path) -> None:
@@ -405,12 +408,16 @@ def test_our_engine_and_transformers_agree(models: Path, tmp_path: Path) -> None
 class TestHttp:
     def test_ours_divided_and_undivided_and_theirs(self, models: Path) -> None:
         options = CpuOptions(
-            models=models, cores=(CORE,), peers={"llama.cpp": "/x/llama-batched-bench"}, http=True
-        )
+            models=models, cores=(CORE,), http=True,
+            peers={"vllm": "v/python", "llama.cpp": "/x/llama-batched-bench"},
+        )  # fmt: skip
         found = cpu_http.servers(options)
-        assert [s.name for s in found] == ["Baton 1 + 1", "Baton undivided", "llama.cpp, 1 thread"]
+        assert [server.name for server in found] == [
+            "Baton 1 + 1", "Baton undivided", "llama.cpp, 1 thread", "vLLM, 1 thread",
+        ]  # fmt: skip
         assert "--both" in found[1].command and "--both" not in found[0].command
         assert found[2].command[0] == "/x/llama-server"
+        assert {"v/python", "OMP_NUM_THREADS=1"} < set(found[3].command)
         assert all("{port}" in server.command for server in found)
 
     async def test_a_turn_counts_what_came(self, models: Path, serve_script: Any) -> None:
@@ -437,10 +444,10 @@ class TestHttp:
                 await caller.turn("s", 1, 0)
 
     async def test_a_server_that_ends_at_once(self) -> None:
-        server = cpu_http.Server("brief", (sys.executable, "-c", "raise SystemExit(4)"), "/ready")
+        server = Server("brief", (sys.executable, "-c", "raise SystemExit(4)"), "/ready")
         async with open_session() as session:
             with pytest.raises(StartError, match="brief ended with 4"):
-                async with cpu_http.running(server, session):
+                async with running(server, session):
                     pass
 
     def test_table_and_json(self) -> None:
