@@ -232,8 +232,8 @@ class Pools:
         self._wake()
 
     def _heard(self, member: Member) -> None:
-        """A sign of life."""
-        if member.silent_beats >= NEAR_BEATS:
+        """A sign of life. One of a worker that was lost says that it was stopped, not starved."""
+        if member.silent_beats >= NEAR_BEATS and member.session.lost is None:
             self._late = max(self._late, member.silent_beats * BEAT_S)
         member.silent_beats = 0
 

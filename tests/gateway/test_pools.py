@@ -275,6 +275,18 @@ async def test_a_worker_nearly_lost_that_comes_back_calls_for_patience(
 
 
 @on_virtual_time
+async def test_late_news_of_a_lost_worker_call_for_no_patience() -> None:
+    cluster = Scripted()
+    watching = asyncio.create_task(cluster.pools.watch())
+    member = cluster.add("p", PREFILL)
+    await asyncio.sleep(2)
+    assert member not in cluster.pools.members
+    cluster.beat(member)
+    assert 1.25 <= await lost_after(cluster) <= 1.52
+    watching.cancel()
+
+
+@on_virtual_time
 async def test_who_reports_is_not_silent() -> None:
     cluster = Scripted()
     member = cluster.add("d", DECODE)
