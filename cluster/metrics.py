@@ -417,7 +417,7 @@ class GatewayMetrics:
 
 
 class _Tokens(Collector):
-    """What is noted of every token: without locks and lookups of labels, in a third of the time."""
+    """What is noted of every token: without prometheus_client's locks, in a sixth of the time."""
 
     def __init__(self, model: str) -> None:
         self._model = model

@@ -23,9 +23,7 @@ class PromptScheduler:
     """
 
     def __init__(self) -> None:
-        self._overtaken = (
-            0  # tokens that others were given and the oldest was not, since it was even
-        )
+        self._overtaken = 0  # tokens by which others have been given more than the oldest
 
     def chunks(self, prefilling: List[Sequence], budget: int) -> tuple[Chunk, ...]:
         """Of `prefilling`, oldest first, what fits into `budget` tokens; in the same order."""
@@ -36,7 +34,7 @@ class PromptScheduler:
         if sum(counts) < sum(sequence.remaining for sequence in prefilling):
             quick = self._quick(oldest, others, budget - self._overtaken)
             if quick:
-                counts = [sequence.remaining * (sequence in quick) for sequence in prefilling]
+                counts = [s.remaining if s in quick else 0 for s in prefilling]
         given = sum(counts[1:])
         if not counts[0]:
             given = max(given, int(LEAST_STEP * budget))
@@ -65,9 +63,8 @@ class PromptScheduler:
         counts = [0] * len(prefilling)
         counts[0] = min(prefilling[0].remaining, budget - budget // 2)
         left = budget - counts[0]
-        for index in sorted(
-            range(len(prefilling)), key=lambda i: prefilling[i].remaining - counts[i]
-        ):
+        order = sorted(range(len(counts)), key=lambda i: prefilling[i].remaining - counts[i])
+        for index in order:
             more = min(left, prefilling[index].remaining - counts[index])
             counts[index] += more
             left -= more
