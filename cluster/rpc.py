@@ -10,10 +10,11 @@ Source  gRPC core's keepalive guide; `grpc.http2.ping_timeout_ms` because a stop
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ SERVER_OPTIONS = [
     ("grpc.so_reuseport", 0),
 ]
 
+OPENING_S = 1.0
+"""How long a caller without the right certificate may take over its first message. It is not looked
+at, but grpc.aio tells a caller that is cut off while it writes INTERNAL instead of our status."""
+
 Behaviour = Callable[[AsyncIterator[Any], grpc.aio.ServicerContext], AsyncGenerator[Any, None]]
 
 
@@ -71,6 +76,9 @@ def stream_handler(
             text = (
                 f"this takes a certificate of {credentials.peer}: see --keys, --join, --join-port"
             )
+            with suppress(TimeoutError, StopAsyncIteration):
+                async with asyncio.timeout(OPENING_S):
+                    await anext(aiter(data))
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, text)
         messages = _Messages(data, decode)
         failure: BatonError | None = None

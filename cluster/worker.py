@@ -121,9 +121,11 @@ class WorkerService:
             await asyncio.sleep(every)
             self._post(Tick())
 
-    async def membership(self) -> AsyncGenerator[Hello | Load, None]:
-        """What a registry is told, for as long as it listens."""
+    async def membership(self, welcome: asyncio.Event) -> AsyncGenerator[Hello | Load, None]:
+        """What a registry is told, for as long as it listens. Nothing but Hello until we are
+        welcome: grpc.aio tells a caller that is refused while it writes INTERNAL and no reason."""
         yield self.hello
+        await welcome.wait()
         while True:
             load = self.load
             yield replace(
@@ -146,8 +148,10 @@ class WorkerService:
                     request_serializer=codec.encode_membership,
                     response_deserializer=codec.decode_welcome,
                 )
+                welcome = asyncio.Event()
                 try:
-                    async for gateway in call(self.membership()):
+                    async for gateway in call(self.membership(welcome)):
+                        welcome.set()
                         log.info("joined", extra={"gateway": gateway, "address": address})
                         joined()
                 except grpc.aio.AioRpcError as error:

@@ -199,6 +199,7 @@ class Membership(Connection):
         self._worker, self._gateway = worker, gateway
         self._beats: asyncio.Queue[Hello | Load | None] = asyncio.Queue()
         self._told: asyncio.Queue[str | HandshakeRefused | None] = asyncio.Queue()
+        self._welcome = asyncio.Event()
         self._there = self.line(worker, gateway, "beat", self._beats.put_nowait)
         self._back = self.line(gateway, worker, "welcome", self._told.put_nowait)
         self._serving = asyncio.create_task(self._serve())
@@ -210,6 +211,7 @@ class Membership(Connection):
             while (told := await self._told.get()) is not None:
                 if isinstance(told, HandshakeRefused):
                     raise told
+                self._welcome.set()
                 joined()
         finally:
             sending.cancel()
@@ -222,7 +224,7 @@ class Membership(Connection):
         self._told.put_nowait(None)
 
     async def _send(self) -> None:
-        async with aclosing(self._worker.service.membership()) as beats:
+        async with aclosing(self._worker.service.membership(self._welcome)) as beats:
             async for beat in beats:
                 self._there.send(beat)
 

@@ -104,6 +104,30 @@ async def test_a_worker_is_no_gateway(
     assert worker.calls == 0
 
 
+async def test_a_refusal_waits_for_what_the_caller_is_writing(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off while it writes, a caller would be told INTERNAL."""
+    monkeypatch.setattr(rpc, "OPENING_S", 1000.0)
+    gate = asyncio.Event()
+
+    async def said() -> AsyncIterator[bytes]:
+        await gate.wait()
+        yield b"hello"
+
+    async with rpc.open_channel(worker.open_address) as channel:
+        call = channel.stream_stream(ECHO)(said(), timeout=20.0)
+        await call.wait_for_connection()
+        refusal = asyncio.create_task(call.code())
+        assert await asyncio.wait({refusal}, timeout=0.1) == (set(), {refusal})
+        gate.set()
+        assert await refusal is grpc.StatusCode.UNAUTHENTICATED
+        gate.clear()
+        monkeypatch.setattr(rpc, "OPENING_S", 0.1)
+        mute = channel.stream_stream(ECHO)(said(), timeout=20.0)
+        assert await mute.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
 async def test_another_role_does_not_answer_for_the_one_that_was_called(
     worker: Worker, keys: tuple[Credentials, Credentials]
 ) -> None:

@@ -111,11 +111,16 @@ async def test_a_session_that_is_cut_is_closed_once_and_takes_no_more_orders() -
 
 
 @on_virtual_time
-async def test_a_member_says_hello_and_then_its_load() -> None:
+async def test_a_member_says_hello_and_once_it_is_welcome_its_load() -> None:
     service, _ = _service()
-    membership = service.membership()
+    welcome = asyncio.Event()
+    membership = service.membership(welcome)
     assert await anext(membership) == HELLO
-    assert await anext(membership) == Load(0, free_blocks=9)
+    load = asyncio.ensure_future(anext(membership))
+    await asyncio.sleep(HEARTBEAT_S)
+    assert not load.done(), "who is refused meanwhile hears why"
+    welcome.set()
+    assert await load == Load(0, free_blocks=9)
     service.tell([], Load(5, running=2))
     began = clock()
     assert await anext(membership) == Load(5, running=2)
