@@ -54,11 +54,12 @@ class Comparison:
             if not is_vllm(run.mode)
         ]
         complete = all(r.ok for run in probes for r in run.measured[PROBES].records)
-        return complete and measured.differing(probes) == 0
+        return complete and not measured.differing(probes)
 
     def table(self) -> str:
         limits = ", ".join(f"{name} <= {limit:g} ms" for name, limit in self.limits_ms.items())
         options, different = self.options, measured.differing((*self.sweep, *self.rounds))
+        which = ", ".join(f"{count} of {mode}" for mode, count in different.items()) or "none"
         return "\n".join(
             (
                 f"model {self.model}, cores {' and '.join(map(str, options.cores))}, "
@@ -73,7 +74,7 @@ class Comparison:
                 _table(self.rounds, self.limits_ms, self.by_goodput),
                 "",
                 f"greedy answers to the probes agree in all our modes: {self.probes_agree}; "
-                f"of all answers {different} differ from the first mode's",
+                f"of all answers differ from the first mode's: {which}",
             )
         )
 

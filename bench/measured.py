@@ -145,16 +145,18 @@ def default_limits(rounds: Sequence[Run]) -> dict[str, float]:
     }
 
 
-def differing(runs: Sequence[Run]) -> int:
-    """How many answers are not, word for word, those of the first run that was asked the same."""
+def differing(runs: Sequence[Run]) -> Counter[str]:
+    """How many answers of a mode are not, word for word, those of the first run that was asked the
+    same. A mode all of whose answers are is not in it."""
     first: dict[tuple[str, int], str] = {}
-    different = 0
+    different: Counter[str] = Counter()
     for run in runs:
         for measured in run.measured.values():
             for number, record in enumerate(measured.records):
                 if record.ok:
                     text = first.setdefault((measured.phase.digest, number), record.text)
-                    different += text != record.text
+                    if text != record.text:
+                        different[run.mode] += 1
     return different
 
 

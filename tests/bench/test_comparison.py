@@ -73,7 +73,8 @@ def test_what_vllm_says_is_counted_and_does_not_make_ours_wrong(comparison: Comp
     theirs = run("vllm", text="something else")
     both = replace(comparison, rounds=(*comparison.rounds, theirs))
     assert both.probes_agree
-    assert both.to_json()["answers_differing"] > 0
+    assert set(both.to_json()["answers_differing"]) == {"vllm"}
+    assert "differ from the first mode's: " in both.table() and "of vllm" in both.table()
 
 
 def test_json_holds_what_is_needed_to_check_and_to_repeat(comparison: Comparison) -> None:
@@ -85,5 +86,5 @@ def test_json_holds_what_is_needed_to_check_and_to_repeat(comparison: Comparison
     assert len(found["sweep"]) == 6 and len(found["rounds"]) == 9
     assert set(found["trace"]) == {"probes", "quiet", "loaded"}
     assert found["medians"]["pd"]["loaded"]["chat_itl_p99_ms"] == 11.0
-    assert found["probes_agree"] is True and found["answers_differing"] == 0
+    assert found["probes_agree"] is True and found["answers_differing"] == {}
     assert "somewhere.json" not in json.dumps(found)

@@ -85,9 +85,10 @@ def test_default_limits_come_from_the_slowest_quiet_mode() -> None:
 
 def test_differing_answers_are_found_across_modes_and_chunks() -> None:
     same = [run("pd"), run("2xboth", chunk=128)]
-    assert differing(same) == 0
-    assert differing([*same, run("1xboth", text="a c")]) == 2  # its probe and its loaded chat
-    assert differing([*same, run("1xboth", failures=1)]) == 0  # failed is not different
+    assert differing(same) == {}
+    other = run("1xboth", text="a c")
+    assert differing([*same, other]) == {"1xboth": 2}  # its probe and its loaded chat
+    assert differing([*same, run("1xboth", failures=1)]) == {}  # failed is not different
 
 
 def test_a_run_as_json_keeps_every_request() -> None:
