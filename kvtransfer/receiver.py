@@ -48,6 +48,9 @@ MAX_STRIKES = 10
 """So many bad frames in a row and a route is cut: nothing more from it is even parsed."""
 MAX_UNANSWERED = 1 << 16
 """Frames under way on one link. Credit bounds their bytes, this what an empty one costs."""
+OVERDRAFT = 2
+"""How many times its credit a sender may have under way before it is cut. A sound one never has
+more than once, but a frame that comes again comes on top of a full window."""
 MAX_HELLO_BYTES = 16 << 10
 """Far more than any Hello needs. What it says is remembered, and is in the answer and the log."""
 MAX_KNOWN = 1024
@@ -192,7 +195,8 @@ class Receiver:
             self.send(route, encode(0, Bye(), b"no handshake, or it was replaced since"))
             return
         size = len(frame.body)
-        if link.unanswered_bytes + size > self._credit or link.unanswered >= MAX_UNANSWERED:
+        most = OVERDRAFT * self._credit
+        if link.unanswered_bytes + size > most or link.unanswered >= MAX_UNANSWERED:
             self.counters["overdrawn"] += 1
             _remember(self._strikes, route, MAX_STRIKES)
             self._cut(route, f"credit of {self._credit} bytes overdrawn")

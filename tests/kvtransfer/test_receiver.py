@@ -154,16 +154,24 @@ def test_a_hello_beyond_all_measure_is_a_bad_frame_and_is_not_remembered(net: Ne
 def test_who_overdraws_its_credit_is_cut(net: Net) -> None:
     net.greet(b"r")
     net.stage.silent = True
-    for _ in range(4):
+    for _ in range(8):
         net.take(b"r", CHUNK, bytes(250))
     net.take(b"r", CHUNK, b"x")
-    assert len(net.stage.arrived) == 4
+    assert len(net.stage.arrived) == 8
     assert net.sent[-1] == (b"r", 0, Bye(), "credit of 1000 bytes overdrawn")
     assert net.receiver.counters["overdrawn"] == 1
     answered = len(net.sent)
     for arrived in net.stage.arrived:
         arrived.reply(Ack(), "")
     assert len(net.sent) == answered
+
+
+def test_a_frame_that_comes_again_over_a_full_window_cuts_nobody(net: Net) -> None:
+    net.greet(b"r")
+    net.stage.silent = True
+    net.take(b"r", CHUNK, bytes(1000))
+    net.take(b"r", CHUNK, bytes(1000))
+    assert len(net.stage.arrived) == 2 and net.receiver.counters["overdrawn"] == 0
 
 
 def test_empty_frames_are_bounded_too(net: Net) -> None:
@@ -214,7 +222,7 @@ def test_each_dropped_frame_and_ended_link_is_told_under_one_reason(net: Net) ->
     stranger = replace(prefill_hello(), protocol=99)
     net.take(b"r", Greeting(DECODE_PEER.incarnation), encode_hello(stranger))
     net.stage.silent = True
-    net.take(b"s", CHUNK, bytes(1001))
+    net.take(b"s", CHUNK, bytes(2001))
     net.take(b"s", CHUNK)
     told = dict(net.receiver.metrics())
     frames = {"malformed": 1, "damaged": 1, "fenced": 1, "cut": 1}
