@@ -108,20 +108,20 @@ class Decoding:
         self._skipped = skipped
         self._whole = spelling.whole
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._open = False  # within a character
+        self.unfinished = False  # within a character
 
     def push(self, token: int) -> str:
         """The characters that this token completes. What can be none becomes U+FFFD at once."""
         if token in self._skipped:
             return ""
-        if token in self._whole and not (self.first or self._open):
+        if token in self._whole and not (self.first or self.unfinished):
             return self._whole[token]
         spelled = self._spelling.of(token, first=self.first)
         if spelled is None:
             return ""
         self.first = False
         text = self._utf8.decode(spelled)
-        self._open = bool(self._utf8.getstate()[0])
+        self.unfinished = bool(self._utf8.getstate()[0])
         return text
 
     def finish(self) -> str:

@@ -79,6 +79,7 @@ class TextStream:
         for token in prompt_tail:
             self._decoding.push(token)  # leaves only an unfinished character behind
         self._decoding.first = begins
+        self._begun = self._decoding.unfinished  # by the prompt
         self._finders = [StopFinder(text) for text in stop]
         self._include_stop = include_stop
         self._min_tokens = min_tokens
@@ -92,6 +93,8 @@ class TextStream:
             return Piece("", self._stopped)
         self._count += 1
         text = self._decoding.push(token)
+        if self._begun and text:
+            text = self._own(text)
         return self._show(text) if self._finders else Piece(text)
 
     def finish(self, token_finish: str) -> Piece:
@@ -101,11 +104,16 @@ class TextStream:
         """
         if self._stopped is not None or not token_finish:
             return Piece("", self._stopped)
-        piece = self._show(self._decoding.finish())
+        piece = self._show(self._own(self._decoding.finish()))
         if piece.stopped is not None:
             return piece
         held, self._held = self._held, ""
         return Piece(piece.text + held)
+
+    def _own(self, text: str) -> str:
+        """Without what is left of a character that the prompt began and the answer does not end."""
+        begun, self._begun = self._begun, False
+        return text.removeprefix("\N{REPLACEMENT CHARACTER}") if begun else text
 
     def _show(self, new: str) -> Piece:
         if not self._finders:

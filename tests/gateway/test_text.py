@@ -109,6 +109,14 @@ def test_a_character_that_the_prompt_began_comes_whole() -> None:
     assert text == "👋"
 
 
+def test_what_is_left_of_a_character_that_the_prompt_began_is_the_prompts() -> None:
+    began, more = ids_of("👋")[:1], ids_of("hi")
+    assert read(TextStream(CHATML, began), more)[0] == "hi"
+    assert read(TextStream(CHATML, began, ("h",)), more)[0] == ""
+    assert read(TextStream(CHATML, began), [])[0] == ""
+    assert read(TextStream(CHATML, began), [*began, *more])[0] == "\N{REPLACEMENT CHARACTER}hi"
+
+
 def test_invalid_bytes_hold_nothing_up() -> None:
     backend = v.mistral()
     bad, good = backend.token_to_id("<0xFF>"), backend.token_to_id("<0x41>")
