@@ -47,6 +47,10 @@ log = logging.getLogger(__name__)
 
 ACTIVE_POLL_S = 0.05
 
+DEALT_S = 1.0
+"""On a port that several share: how long calls still come by connections that were dealt to this
+gateway before it stepped back."""
+
 LAST_WORD_S = 1.0
 """For clients to be told that their answer is cut off. One that does not read is hung up on."""
 
@@ -102,6 +106,7 @@ async def serve(config: GatewayConfig, stopping: asyncio.Event) -> int:
     stop.cancel()
     if gateway.siblings is not None:
         share.step_back(listeners[0], gateway.siblings.own, len(gateway.siblings.addresses))
+        await asyncio.sleep(DEALT_S)
     await _drain(gateway, config.shutdown_timeout)
     http.hang_up()
     http.should_exit = True

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 
-from tests.e2e.client import DONE, get, post, stream, tokens
+from tests.e2e.client import DONE, TIMEOUT_S, get, post, stream, tokens
 from tests.e2e.cluster import Process, alive, children_of, free_ports, wait_until
 from tests.e2e.sockets import ESTABLISHED, sockets
 from tests.e2e.test_cancel import COMPLETIONS, LONG_ANSWER, SOON_S
@@ -69,7 +71,8 @@ def answers(pid: int, port: int) -> bool:
 
 
 def test_on_a_shared_port_nobody_meets_the_one_that_drains(tmp_path: Path) -> None:
-    """While it ends, and until it is there again, the others answer all that comes."""
+    """While it ends, and until it is there again, the others answer all that comes, and it answers
+    who had been connected to it before."""
     http, grpc = free_ports(2)
     url = f"http://127.0.0.1:{http}"
     words = ["serve", "--gateways", "2", "--port", str(http), "--grpc-port", str(grpc)]
@@ -81,10 +84,21 @@ def test_on_a_shared_port_nobody_meets_the_one_that_drains(tmp_path: Path) -> No
         with stream(url, COMPLETIONS, body) as events:
             next(events)
             [busy] = [pid for pid in gateways(launcher) if answers(pid, http)]
+            short = {**LONG_ANSWER, "max_tokens": 2}
+            early = [HTTPConnection("127.0.0.1", http, timeout=TIMEOUT_S) for _ in range(8)]
+            for connection in early:
+                connection.connect()
             os.kill(busy, signal.SIGTERM)
+            assert post(url, COMPLETIONS, short).status == 200
+            for connection in early:
+                head = {"Content-Type": "application/json"}
+                connection.request("POST", COMPLETIONS, json.dumps(short), head)
+            for connection in early:
+                assert connection.getresponse().status == 200
+                connection.close()
             asked = 0
             while alive(busy) or asked < 50:
-                answer = post(url, COMPLETIONS, {**LONG_ANSWER, "max_tokens": 2})
+                answer = post(url, COMPLETIONS, short)
                 assert answer.status == 200, answer.body
                 asked += 1
             *_, end = events

@@ -154,7 +154,7 @@ def bad_start(process: Process, seconds: float = BAD_START_S) -> str:
     assert process.wait() not in (0, 1)
     assert all_dead(list(children))
     assert process.stdout == ""
-    [why] = process.stderr.splitlines()
+    assert process.stderr.count("\n") == 1, process.stderr
     assert why.startswith("baton: ")
     return why
 
