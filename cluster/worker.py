@@ -163,6 +163,8 @@ class WorkerService:
                             "no way into a gateway", extra={"address": address, "reason": reason}
                         )
                     told = reason
+                finally:
+                    welcome.set()  # what sends would wait for it for ever
             await asyncio.sleep(REJOIN_S)
 
     async def drain(self, limit: float) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import pytest
 
+from cluster import rpc
+from cluster.errors import HandshakeRefused
 from cluster.messages import (
     DECODE,
     Cancel,
@@ -20,6 +22,7 @@ from cluster.messages import (
     Token,
 )
 from cluster.orders import Drain, GiveBack, Ordered, SessionClosed, Tick
+from cluster.wire import codec
 from cluster.worker import GIVE_BACK_S, HEARTBEAT_S, LINGER_S, WorkerService
 from tests.virtual import clock, on_virtual_time
 
@@ -126,6 +129,29 @@ async def test_a_member_says_hello_and_once_it_is_welcome_its_load() -> None:
     assert await anext(membership) == Load(5, running=2)
     assert clock() - began == HEARTBEAT_S
     await membership.aclose()
+
+
+async def test_nothing_is_left_of_a_call_that_was_refused() -> None:
+    """A task that waited for ever would be collected one day, with a line in the log."""
+
+    async def refuse(messages: AsyncIterator[Any], _: object) -> AsyncGenerator[str, None]:
+        await anext(messages)
+        raise HandshakeRefused("not you")
+        yield ""
+
+    def senders() -> list[asyncio.Task[Any]]:
+        return [one for one in asyncio.all_tasks() if "_consume_request" in repr(one.get_coro())]
+
+    server = rpc.new_server()
+    membership = codec.decode_membership, codec.encode_welcome
+    server.add_generic_rpc_handlers((rpc.stream_handler(codec.JOIN, refuse, *membership),))
+    port = rpc.listen(server, "127.0.0.1:0", "--port")
+    await server.start()
+    with pytest.raises(HandshakeRefused, match="not you"):
+        await _service()[0].join(f"127.0.0.1:{port}")
+    while senders():
+        await asyncio.sleep(0)
+    await server.stop(None)
 
 
 @on_virtual_time
