@@ -23,7 +23,7 @@ BODY = {**LONG_ANSWER, "max_tokens": 2500, "return_token_ids": True}
 STOP_S = 3.0
 """Beyond what gateways wait for, and short of the HANG_S of the workers here."""
 
-HANG_S = 5.0
+HANG_S = 8.0
 
 MOVED_S = 10.0
 """We promise that silence is noticed within 1.5 s and a hung step loop within 3 s; the rest is for

@@ -119,11 +119,14 @@ def test_32_at_once_are_each_as_if_alone(
     settings = list(FIELDS.values())
     jobs = [(prompt_of(3 * i + 1, vocab), settings[i % len(settings)]) for i in range(32)]
     ask = partial(tokens, cluster.url, cluster.model, **ASKED)
-    got = at_once([partial(ask, prompt, **fields) for prompt, fields in jobs], 32)
-    for (prompt, fields), answer in zip(jobs, got, strict=True):
-        assert answer == reference.answer(prompt, COUNT, **fields), f"{len(prompt)} tokens"
-    status = cluster.until_idle(2)
-    crowded = any(worker["blocks"] == CROWDED_BLOCKS for worker in status["workers"])
+    crowded = any(worker["blocks"] == CROWDED_BLOCKS for worker in cluster.status()["workers"])
+    for _ in range(5):  # on busy cores prompts may be read too slowly to crowd anything at first
+        got = at_once([partial(ask, prompt, **fields) for prompt, fields in jobs], 32)
+        for (prompt, fields), answer in zip(jobs, got, strict=True):
+            assert answer == reference.answer(prompt, COUNT, **fields), f"{len(prompt)} tokens"
+        cluster.until_idle(2)
+        if not crowded or evictions(cluster):
+            break
     assert (evictions(cluster) > 0) == crowded
 
 
