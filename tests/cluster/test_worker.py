@@ -136,12 +136,14 @@ async def test_nothing_is_left_of_a_call_that_was_refused() -> None:
 
     async def refuse(messages: AsyncIterator[Any], _: object) -> AsyncGenerator[str, None]:
         await anext(messages)
+        seen.extend(senders())
         raise HandshakeRefused("not you")
         yield ""
 
     def senders() -> list[asyncio.Task[Any]]:
         return [one for one in asyncio.all_tasks() if "_consume_request" in repr(one.get_coro())]
 
+    seen: list[asyncio.Task[Any]] = []
     server = rpc.new_server()
     membership = codec.decode_membership, codec.encode_welcome
     server.add_generic_rpc_handlers((rpc.stream_handler(codec.JOIN, refuse, *membership),))
@@ -149,8 +151,8 @@ async def test_nothing_is_left_of_a_call_that_was_refused() -> None:
     await server.start()
     with pytest.raises(HandshakeRefused, match="not you"):
         await _service()[0].join(f"127.0.0.1:{port}")
-    while senders():
-        await asyncio.sleep(0)
+    assert len(seen) == 1
+    await asyncio.wait(seen)
     await server.stop(None)
 
 
